@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint docs clean
+
+# The stamp is the last thing an install writes: an interrupted one is done again.
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,docs,lint]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m sklearn_rails.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated demo_results
