@@ -1,0 +1,571 @@
+"""The RAILS classifier: the paper's five steps, each one call."""
+
+from dataclasses import replace
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from sklearn import get_config
+from sklearn.base import ClassifierMixin, clone
+from sklearn.utils.validation import check_is_fitted
+from tqdm.auto import tqdm
+
+from ._compat import HasMethods, Interval, StrOptions, fit_context
+from ._random import draw_seed, generation_uniforms
+from ._validation import all_or_nothing, validate_fit_rows, validate_rows
+from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map
+from .immune.affinity import paired_affinity
+from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
+from .immune.flocking import ClassNeighbors, drop_own
+from .immune.maturation import Domain, Schedule, clone_neighbors, mature
+from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
+
+# tau="scale" is this share of how widely the affinities of one row's flocked neighbours spread.
+TAU_SHARE = 0.2
+TAU_ROWS = 256
+
+# Arrays of the populations' size that a generation holds at a time.
+POPULATIONS_HELD = 6
+
+
+class RAILSClassifier(ClassifierMixin, SharesNetwork):
+    """Robust predictions from a fitted network by affinity maturation (RAILS).
+
+    For each input, the nearest training examples of every class in a hidden layer are cloned into
+    a population, which a genetic algorithm breeds toward the input; the offspring of highest
+    affinity vote. The network is not retrained: it gives the space in which affinity is measured.
+
+    Parameters
+    ----------
+    feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \
+            TorchFeatureExtractor, default=None
+        The fitted network. None takes the input itself as the only layer.
+    layers : str or sequence of str, default=None
+        Hidden layers, as in ``module.named_modules()``; each has a population of its own, and all
+        of them vote. None takes the extractor's own layers, else the network's output.
+    n_neighbors : int, default=10
+        Neighbours of each class that are flocked in a layer (k). Clipped where a class has fewer
+        training examples.
+    population_size : int, default=200
+        Cells in a population (T), shared equally by the classes in the beginning.
+    generations : int, default=10
+        Generations to breed (G).
+    tau : float or "scale", default="scale"
+        Temperature of selection, in units of the affinity. ``"scale"`` takes, in each layer, a
+        fifth of the median spread (standard deviation) of the affinities between a training
+        example and its flocked neighbours.
+    rho : float, default=0.15
+        Probability that mutation changes an element.
+    delta_min, delta_max : float, default=0.05 and 0.15
+        Smallest and largest size of a mutation. Where the cells' space is not within [0, 1], in
+        units of each feature's range over the training data.
+    plasma_fraction, memory_fraction : float, default=0.05 and 0.25
+        Share of the final population, by affinity, that votes, and that is kept as memory.
+    affinity : {"euclidean", "cosine", "inner_product"} or callable, default="euclidean"
+        Minus the distance of features, their cosine, or their inner product. A callable takes two
+        tensors of shape (n, n_layer_features) and gives one of shape (n,), higher for closer.
+    selection : {"global", "class_balanced"}, default="global"
+        Parents are drawn from the whole population, or the same number within each class.
+    crossover : {"affinity", "uniform"}, default="affinity"
+        An element comes from the first parent with a probability that is the softmax of the two
+        parents' affinities over tau, or a half.
+    start_layer : str, default=None
+        The layer in whose output space cells live; ``layers`` must come after it. None for the
+        input.
+    clip : "auto", None or pair of float, default="auto"
+        Bounds of the cells: [0, 1] if all training values lie in it, else each feature's range.
+    early_stopping : bool, default=True
+        Let a row be once its plasma has been of one and the same class in two generations in a
+        row. False breeds all generations.
+    algorithm : {"auto", "brute", "kd_tree", "ball_tree"} or estimator, default="auto"
+        How neighbours are found: an exact matrix product on the device, scikit-learn's
+        :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with ``kneighbors`` that is
+        cloned for every class. The last two need a distance: Euclidean or cosine affinity.
+    input_shape : tuple of int, default=None
+        Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
+        shape.
+    threat_scorer : estimator, default=None
+        An outlier detector with ``score_samples``, such as
+        :class:`~sklearn_rails.ThreatScorer`. A clone is fitted to the training data, and its
+        scores go into the responses. It never changes a prediction.
+    device : str, default="auto"
+        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there is a
+        GPU, else the CPU.
+    dtype : {"float32", "float64"}, default="float32"
+        Precision of the network, the features and the cells.
+    batch_size : int or "auto", default="auto"
+        Rows that go through the network together.
+    n_jobs : int, default=None
+        Blocks of rows that are answered side by side, in threads, and threads for neighbours.
+    random_state : int, RandomState or None, default=None
+        Decides on the seed that ``fit`` draws. Predictions are a function of the fitted state and
+        the row, however often and in whatever company it is asked for.
+    verbose : int, default=0
+        1 shows a progress bar over the rows.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        The class labels.
+    n_features_in_ : int
+        Number of values in one input.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the inputs, when X has them.
+    input_shape_ : tuple of int
+        Shape of one input.
+    layers_ : tuple of str
+        The layers.
+    tau_ : dict of str to float
+        The temperature in each layer.
+    n_neighbors_ : ndarray of shape (n_classes,)
+        Neighbours that are flocked in each class.
+    neighbors_ : dict of str to ClassNeighbors
+        The neighbour structure of each layer.
+    seed_ : int
+        What the random numbers are a function of, with the layer and the generation.
+    device_ : torch.device
+        Where the computation runs.
+    threat_scorer_ : estimator
+        The fitted threat scorer, if there is one.
+
+    See Also
+    --------
+    DkNNClassifier : The baseline: a vote of neighbours in hidden layers, with its credibility.
+    ThreatScorer : How suspect an input is.
+
+    Notes
+    -----
+    The algorithm is Algorithm 1 of [1]_. The paper leaves open how affinity decides on the
+    cross-over; here the fitter parent gives more (see ``crossover``). Predictions on the training
+    rows see the rows themselves among their neighbours.
+
+    References
+    ----------
+    .. [1] R. Wang, T. Chen, S. Lindsly, C. Stansbury, I. Rajapakse, A. Hero, "Immuno-mimetic Deep
+       Neural Networks (Immuno-Net)", 2021, arXiv:2107.02842.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_rails import RAILSClassifier
+    >>> X, y = load_digits(return_X_y=True)
+    >>> X = X / 16
+    >>> rails = RAILSClassifier(population_size=100, random_state=0).fit(X[:1000], y[:1000])
+    >>> rails.score(X[1000:1050], y[1000:1050]) > 0.9
+    True
+    """
+
+    _parameter_constraints = {
+        "feature_extractor": "no_validation",
+        **NETWORK_CONSTRAINTS,
+        "n_neighbors": [Interval(Integral, 1, None, closed="left")],
+        "population_size": [Interval(Integral, 1, None, closed="left")],
+        "generations": [Interval(Integral, 0, None, closed="left")],
+        "tau": [StrOptions({"scale"}), Interval(Real, 0, None, closed="neither")],
+        "rho": [Interval(Real, 0, 1, closed="both")],
+        "delta_min": [Interval(Real, 0, None, closed="left")],
+        "delta_max": [Interval(Real, 0, None, closed="left")],
+        "plasma_fraction": [Interval(Real, 0, 1, closed="right")],
+        "memory_fraction": [Interval(Real, 0, 1, closed="right")],
+        "affinity": [StrOptions({"euclidean", "cosine", "inner_product"}), callable],
+        "selection": [StrOptions({"global", "class_balanced"})],
+        "crossover": [StrOptions({"affinity", "uniform"})],
+        "start_layer": [None, str],
+        "clip": [StrOptions({"auto"}), None, "array-like"],
+        "early_stopping": ["boolean"],
+        "algorithm": [
+            StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
+            HasMethods(["fit", "kneighbors"]),
+        ],
+        "threat_scorer": [None, HasMethods(["fit", "score_samples"])],
+        "n_jobs": [None, Integral],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        feature_extractor=None,
+        *,
+        layers=None,
+        n_neighbors=10,
+        population_size=200,
+        generations=10,
+        tau="scale",
+        rho=0.15,
+        delta_min=0.05,
+        delta_max=0.15,
+        plasma_fraction=0.05,
+        memory_fraction=0.25,
+        affinity="euclidean",
+        selection="global",
+        crossover="affinity",
+        start_layer=None,
+        clip="auto",
+        early_stopping=True,
+        algorithm="auto",
+        input_shape=None,
+        threat_scorer=None,
+        device="auto",
+        dtype="float32",
+        batch_size="auto",
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.feature_extractor = feature_extractor
+        self.layers = layers
+        self.n_neighbors = n_neighbors
+        self.population_size = population_size
+        self.generations = generations
+        self.tau = tau
+        self.rho = rho
+        self.delta_min = delta_min
+        self.delta_max = delta_max
+        self.plasma_fraction = plasma_fraction
+        self.memory_fraction = memory_fraction
+        self.affinity = affinity
+        self.selection = selection
+        self.crossover = crossover
+        self.start_layer = start_layer
+        self.clip = clip
+        self.early_stopping = early_stopping
+        self.algorithm = algorithm
+        self.input_shape = input_shape
+        self.threat_scorer = threat_scorer
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @all_or_nothing
+    @fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X, y):
+        """Index the training data's features, class by class.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Training inputs, finite.
+        y : array-like of shape (n,)
+            Their classes.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a parameter or the data is invalid, the network does not fit the data, or a layer or
+            the device is not there. The estimator is then as it was before.
+        """
+        given = X, y
+        X, y = validate_fit_rows(self, X, y)
+        self.classes_, y = np.unique(y, return_inverse=True)
+        n_classes = len(self.classes_)
+        if self.delta_min > self.delta_max:
+            raise ValueError(
+                f"delta_min={self.delta_min} must not be larger than delta_max={self.delta_max}."
+            )
+        if self.population_size < n_classes:
+            raise ValueError(
+                f"population_size={self.population_size} is smaller than the number of classes, "
+                f"{n_classes}; every class needs a cell, so use {n_classes} or more."
+            )
+        self._features = feature_map(self, self.feature_extractor, self.start_layer)
+        self._features.probe(X)
+        self.layers_ = self._features.layers
+        self.seed_ = draw_seed(self.random_state)
+        self._cells = self._features.start(X)
+        self._domain = _find_domain(self._cells, self.clip)
+
+        self.neighbors_, self.tau_ = {}, {}
+        for layer, features in self._features(X).items():
+            neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs)
+            self.neighbors_[layer] = neighbors.fit(features, y, n_classes)
+            self.tau_[layer] = (
+                _scale_of_affinity(neighbors, features, self.n_neighbors)
+                if self.tau == "scale"
+                else float(self.tau)
+            )
+        self.n_neighbors_ = np.minimum(self.n_neighbors, neighbors.n_samples_)
+        vars(self).pop("threat_scorer_", None)
+        if self.threat_scorer is not None:
+            self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
+        return self
+
+    def predict(self, X):
+        """Predict classes.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            The class with the highest score.
+        """
+        check_is_fitted(self)
+        return self.classes_[self._decide(X).argmax(axis=1)]
+
+    def predict_proba(self, X):
+        """Give the classes' shares of the plasma's votes, ties broken.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes), float64
+            The scores of ``decision_function``, class by class, over their sum.
+        """
+        check_is_fitted(self)
+        scores = self._decide(X)
+        return scores / scores.sum(axis=1, keepdims=True)
+
+    def decision_function(self, X):
+        """Give the classes' votes, and less than a vote for their affinity.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes), or (n,) for two classes, float64
+            Plasma cells of all layers that are of the class, plus at most half a vote that grows
+            with the highest affinity in the class. For two classes the difference, positive for
+            ``classes_[1]``.
+        """
+        check_is_fitted(self)
+        scores = self._decide(X)
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
+
+    def kneighbors(self, X):
+        """Find the flocked neighbours: the training examples that a response sets out from.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        distances : dict of str to ndarray of shape (n, n_classes, n_neighbors)
+            Minus the affinity, in each layer, smallest first; for the Euclidean affinity the
+            distance. Infinite where a class has no more examples.
+        indices : dict of str to ndarray of shape (n, n_classes, n_neighbors)
+            Positions in the training data; -1 where a class has no more examples.
+        """
+        check_is_fitted(self)
+        X = validate_rows(self, X)
+        distances, indices = {}, {}
+        for layer, features in self._features(X).items():
+            affinity, index = self._flock(features, layer)
+            distances[layer], indices[layer] = -affinity.cpu().numpy(), index.cpu().numpy()
+        return distances, indices
+
+    def respond(self, X, y=None):
+        """Give everything that the responses to some rows produce.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+        y : None
+            Not used, present by convention.
+
+        Returns
+        -------
+        ImmuneResponse
+            Predictions, plasma and memory cells, curves over the generations, and the threat.
+        """
+        check_is_fitted(self)
+        rows = validate_rows(self, X)
+        response = join_responses(self._answer(rows, self._respond_block))
+        if not hasattr(self, "threat_scorer_"):
+            return response
+        return replace(response, threat=-self.threat_scorer_.score_samples(X))
+
+    @property
+    def device_(self):
+        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
+        return self._features.device
+
+    def _decide(self, X):
+        X = validate_rows(self, X)
+        return np.concatenate(self._answer(X, self._score_block))
+
+    def _answer(self, X, answer_block):
+        """Answer blocks of rows whose populations fit into the working memory."""
+        bank = self._bank()
+        row_bytes = self.population_size * bank.shape[1] * bank.element_size()
+        budget = get_config()["working_memory"] * 2**20
+        step = max(1, int(budget // (POPULATIONS_HELD * row_bytes)))
+        blocks = [slice(start, start + step) for start in range(0, len(X), step)]
+        with tqdm(total=len(X), unit="row", disable=not self.verbose) as progress:
+
+            def answer(rows):
+                given = answer_block(X[rows])
+                progress.update(len(X[rows]))
+                return given
+
+            return Parallel(n_jobs=self.n_jobs, require="sharedmem")(
+                delayed(answer)(rows) for rows in blocks
+            )
+
+    def _score_block(self, X):
+        votes, ties = 0, 0
+        for layer, flocked, population in self._mature(X, keep_cells=False):
+            layer_votes, layer_ties, _ = self._vote(layer, flocked, population)
+            votes, ties = votes + layer_votes, ties + layer_ties
+        return self._join_votes(votes, ties)
+
+    def _respond_block(self, X):
+        votes, ties = 0, 0
+        by_layer = {name: {} for name in LAYER_FIELDS}
+        n_forward = 0
+        for layer, flocked, population in self._mature(X, keep_cells=True):
+            layer_votes, layer_ties, ranking = self._vote(layer, flocked, population)
+            votes, ties = votes + layer_votes, ties + layer_ties
+            n_forward += self.population_size * int((population.n_generations + 1).sum())
+            for kind, fraction in (
+                ("plasma", self.plasma_fraction),
+                ("memory", self.memory_fraction),
+            ):
+                best = ranking[:, : n_elite(fraction, self.population_size)]
+                cells = population.cells[torch.arange(len(best), device=best.device)[:, None], best]
+                labels = population.labels.gather(1, best).cpu().numpy()
+                by_layer[kind][layer] = cells.unflatten(2, self._features.start_shape).cpu().numpy()
+                by_layer[f"{kind}_labels"][layer] = self.classes_[labels]
+                by_layer[f"{kind}_affinity"][layer] = (
+                    population.affinity.gather(1, best).cpu().numpy()
+                )
+            for curve in ("affinity_curve", "class_curve", "n_generations"):
+                by_layer[curve][layer] = getattr(population, curve).cpu().numpy()
+        scores = self._join_votes(votes, ties)
+        return ImmuneResponse(
+            proba=scores / scores.sum(axis=1, keepdims=True),
+            labels=self.classes_[scores.argmax(axis=1)],
+            n_forward=n_forward,
+            threat=None,
+            **by_layer,
+        )
+
+    def _mature(self, X, *, keep_cells):
+        """Flock, expand and optimize, one layer after the other."""
+        n_classes = len(self.classes_)
+        schedule = Schedule(
+            generations=self.generations,
+            rho=self.rho,
+            delta_min=self.delta_min,
+            delta_max=self.delta_max,
+            selection=self.selection,
+            crossover=self.crossover,
+            n_plasma=n_elite(self.plasma_fraction, self.population_size),
+            early_stopping=self.early_stopping,
+        )
+        bank = self._bank()
+        for number, (layer, antigens) in enumerate(self._features(X).items()):
+            flocked, index = self._flock(antigens, layer)
+            parents, labels = clone_neighbors(index, self.population_size)
+            population = mature(
+                bank[parents],
+                labels,
+                measure=self._measure_against(antigens, layer),
+                draw=self._draw_for(number, bank),
+                tau=self.tau_[layer],
+                schedule=schedule,
+                domain=self._domain.on(bank),
+                n_classes=n_classes,
+                keep_cells=keep_cells,
+            )
+            yield layer, flocked, population
+
+    def _flock(self, features, layer):
+        return self.neighbors_[layer].kneighbors(features, int(self.n_neighbors_.max()))
+
+    def _measure_against(self, antigens, layer):
+        def measure(cells, rows):
+            n_rows, n_cells, n_features = cells.shape
+            owner = rows.repeat_interleave(n_cells)
+            affinity = cells.new_empty(n_rows * n_cells)
+            flat = cells.reshape(n_rows * n_cells, n_features)
+            for part, features in self._features.iterate_cells(flat, layer):
+                affinity[part] = paired_affinity(self.affinity, features, antigens[owner[part]])
+            return affinity.reshape(n_rows, n_cells)
+
+        return measure
+
+    def _draw_for(self, number, bank):
+        def draw(generation):
+            uniforms = generation_uniforms(
+                self.seed_, number, generation, self.population_size, bank.shape[1]
+            )
+            return {k: u.to(device=bank.device, dtype=bank.dtype) for k, u in uniforms.items()}
+
+        return draw
+
+    def _bank(self):
+        """Give the cells that populations are cloned from, on the device."""
+        if not isinstance(self._cells, torch.Tensor) or self._cells.device != self._features.device:
+            self._cells = self._features.to_device(self._cells)
+        return self._cells
+
+    def _vote(self, layer, flocked, population):
+        ranking = fittest(population.affinity, self.population_size)
+        plasma = ranking[:, : n_elite(self.plasma_fraction, self.population_size)]
+        votes = count_votes(population.labels.gather(1, plasma), len(self.classes_))
+        best = class_affinity(population.affinity, population.labels, flocked)
+        return votes, tie_break(best, self.tau_[layer]), ranking
+
+    def _join_votes(self, votes, ties):
+        return (votes + ties / len(self.layers_)).cpu().numpy()
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if "_cells" in state:
+            # Plain arrays load where there is no GPU, and joblib can map them from disk.
+            state["_cells"] = torch.as_tensor(state["_cells"]).cpu().numpy()
+        return state
+
+
+def _find_domain(cells, clip):
+    """Find where cells live: the paper's [0, 1], or each feature's range."""
+    low, high = cells.amin(dim=0), cells.amax(dim=0)
+    in_unit_interval = bool((low >= 0).all() and (high <= 1).all())
+    unit = 1.0 if in_unit_interval else (high - low).cpu().numpy()
+    if clip is None:
+        return Domain(unit, None, None)
+    if not isinstance(clip, str):
+        bounds = np.asarray(clip, dtype=float)
+        if bounds.shape != (2,) or not bounds[0] < bounds[1]:
+            raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")
+        return Domain(unit, *bounds.tolist())
+    if in_unit_interval:
+        return Domain(unit, 0.0, 1.0)
+    return Domain(unit, low.cpu().numpy(), high.cpu().numpy())
+
+
+def _scale_of_affinity(neighbors, features, n_neighbors):
+    """Resolve tau="scale": a share of the spread of affinities within a typical flock."""
+    own = torch.linspace(0, len(features) - 1, min(TAU_ROWS, len(features))).long().unique()
+    own = own.to(features.device)
+    flock = neighbors.kneighbors(features[own], n_neighbors + 1)
+    affinity = drop_own(*flock, own)[0].flatten(1).cpu().numpy().astype(np.float64)
+    affinity[np.isinf(affinity)] = np.nan
+    counted = np.isfinite(affinity).sum(axis=1) > 1
+    spread = np.nanstd(affinity[counted], axis=1)
+    spread = spread[spread > 0]
+    # Where all affinities are alike, selection is a fair draw at any temperature.
+    return TAU_SHARE * float(np.median(spread)) if len(spread) else 1.0

@@ -1,0 +1,336 @@
+"""Threat scores as an outlier detector and a transformer."""
+
+import math
+import warnings
+from numbers import Integral, Real
+
+import numpy as np
+from sklearn.base import OneToOneFeatureMixin, OutlierMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from ._compat import Interval, StrOptions, fit_context
+from ._validation import all_or_nothing, validate_fit_rows, validate_rows
+from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map
+from .immune.sensing import SENSORS, ConformalScale
+
+# Rows that calibrate, each left out of its own neighbours: enough for a false-alarm rate of 5 %
+# to be met within a third of a point (one standard deviation).
+MAX_CALIBRATION_ROWS = 5000
+
+
+class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
+    """How suspect an input is, judged by clean data alone.
+
+    The sensing step of RAILS as an outlier detector and a transformer. Scores of clean rows, each
+    left out of the training data in its turn, are the measure: a row's threat is minus the log of
+    its conformal p-value, summed over layers and methods, and an alarm is raised where it is
+    higher than all but a share ``alpha`` of the clean rows'.
+
+    Parameters
+    ----------
+    feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \
+            TorchFeatureExtractor, default=None
+        The fitted network. None takes the input itself as the only layer.
+    layers : str or sequence of str, default=None
+        Layers that are looked at, as in ``module.named_modules()``. None takes the extractor's own
+        layers, else the network's output.
+    method : {"credibility", "distance"} or list of them, default="credibility"
+        ``"credibility"``: how many of the k neighbours, over all layers, are not of the most
+        frequent class [1]_; ``"distance"``: distance of the k-th neighbour on L2-normalised
+        features, in each layer [2]_. Of a list, the evidence is added up.
+    alpha : float, default=0.05
+        False-alarm rate on clean data.
+    output : {"scores", "passthrough"}, default="scores"
+        What ``transform`` gives: the threat scores, or X unchanged, so that the scorer can stand
+        before a classifier in a pipeline.
+    n_neighbors : int, default=50
+        Neighbours in each layer (k). Clipped where there are fewer training rows.
+    input_shape : tuple of int, default=None
+        Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
+        shape.
+    device : str, default="auto"
+        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there is a
+        GPU, else the CPU.
+    dtype : {"float32", "float64"}, default="float32"
+        Precision of the network and the features.
+    batch_size : int or "auto", default="auto"
+        Rows that go through the network together.
+    random_state : int, RandomState or None, default=None
+        Decides which rows calibrate, where there are more than 5,000, and how they are divided
+        where several scores are combined.
+
+    Attributes
+    ----------
+    offset_ : float
+        ``decision_function`` is ``score_samples`` minus this.
+    methods_ : tuple of str
+        The methods, in the order of the columns of ``transform``.
+    n_features_in_ : int
+        Number of values in one input.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the inputs, when X has them.
+    input_shape_ : tuple of int
+        Shape of one input.
+    layers_ : tuple of str
+        The layers.
+    n_neighbors_ : int
+        Neighbours in each layer.
+    n_calibration_ : int
+        Clean rows that set the threshold.
+    device_ : torch.device
+        Where the computation runs.
+
+    See Also
+    --------
+    RAILSClassifier : Takes a scorer as its ``threat_scorer``.
+    DkNNClassifier : Gives the credibility of its answers.
+
+    Notes
+    -----
+    The alarm rate on clean data is at most ``alpha`` if they are like the rows of ``fit``. A
+    network's features of the rows it was trained on are not: fit the scorer on clean rows that the
+    network has not seen, where there are enough of them.
+
+    References
+    ----------
+    .. [1] N. Papernot, P. McDaniel, "Deep k-Nearest Neighbors: Towards Confident, Interpretable
+       and Robust Deep Learning", 2018, arXiv:1803.04765.
+    .. [2] Y. Sun, Y. Ming, X. Zhu, Y. Li, "Out-of-Distribution Detection with Deep Nearest
+       Neighbors", ICML 2022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_rails import ThreatScorer
+    >>> X, y = load_digits(return_X_y=True)
+    >>> scorer = ThreatScorer(random_state=0).fit(X[:1000], y[:1000])
+    >>> noise = np.random.default_rng(0).uniform(0, 16, size=(20, 64))
+    >>> bool((scorer.predict(noise) == -1).all())
+    True
+    """
+
+    _parameter_constraints = {
+        "feature_extractor": "no_validation",
+        **NETWORK_CONSTRAINTS,
+        "method": [StrOptions(set(SENSORS)), list, tuple],
+        "alpha": [Interval(Real, 0, 1, closed="neither")],
+        "output": [StrOptions({"scores", "passthrough"})],
+        "n_neighbors": [Interval(Integral, 1, None, closed="left")],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        feature_extractor=None,
+        *,
+        layers=None,
+        method="credibility",
+        alpha=0.05,
+        output="scores",
+        n_neighbors=50,
+        input_shape=None,
+        device="auto",
+        dtype="float32",
+        batch_size="auto",
+        random_state=None,
+    ):
+        self.feature_extractor = feature_extractor
+        self.layers = layers
+        self.method = method
+        self.alpha = alpha
+        self.output = output
+        self.n_neighbors = n_neighbors
+        self.input_shape = input_shape
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.random_state = random_state
+
+    @all_or_nothing
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Learn what clean rows look like.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Clean inputs, finite.
+        y : array-like of shape (n,), default=None
+            Their classes. None takes those that the network predicts; without a network either,
+            all rows are of one class, and credibility is a matter of the distance alone.
+
+        Returns
+        -------
+        ThreatScorer
+            The estimator itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a parameter or the data is invalid, the network does not fit the data, or a layer or
+            the device is not there. The estimator is then as it was before.
+        """
+        X, y = validate_fit_rows(self, X, y)
+        if len(X) < 2:
+            raise ValueError(f"{type(self).__name__} needs 2 rows or more, got n_samples={len(X)}.")
+        self.methods_ = self._check_methods()
+        self._features = feature_map(self, self.feature_extractor)
+        self._features.probe(X)
+        self.layers_ = self._features.layers
+        self.n_neighbors_ = min(self.n_neighbors, len(X) - 1)
+
+        labels = self._find_classes(X, y)
+        features = self._features(X)
+        self._sensors = [SENSORS[m](features, labels, self.n_neighbors_) for m in self.methods_]
+        rng = check_random_state(self.random_state)
+        rows = rng.permutation(len(X))[:MAX_CALIBRATION_ROWS]
+        # The rows stay where they are: a left-out row is named by its place.
+        scores = self._sense({layer: f[rows] for layer, f in features.items()}, own=rows)
+        self._calibrate(scores)
+        return self
+
+    def transform(self, X):
+        """Give the threat scores, or X unchanged.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        ndarray of shape (n, n_methods), float64, or X itself if ``output="passthrough"``
+            One column a method: the sum over layers of minus the log of the p-value. Higher is
+            more suspect.
+        """
+        check_is_fitted(self)
+        rows = validate_rows(self, X)
+        return X if self.output == "passthrough" else self._weigh(rows)
+
+    def get_feature_names_out(self, input_features=None):
+        """Name the columns of ``transform``.
+
+        Parameters
+        ----------
+        input_features : array-like of str, default=None
+            Names of the inputs, for ``output="passthrough"``.
+
+        Returns
+        -------
+        ndarray of str
+            ``"threat_<method>"``, or the inputs' names.
+        """
+        check_is_fitted(self)
+        if self.output == "passthrough":
+            return OneToOneFeatureMixin.get_feature_names_out(self, input_features)
+        return np.array([f"threat_{method}" for method in self.methods_], dtype=object)
+
+    def score_samples(self, X):
+        """Give minus the threat, summed over the methods.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        ndarray of shape (n,), float64
+            As outlier detectors have it: lower is more suspect.
+        """
+        check_is_fitted(self)
+        return -self._weigh(validate_rows(self, X)).sum(axis=1)
+
+    def decision_function(self, X):
+        """Give the distance from an alarm.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        ndarray of shape (n,), float64
+            ``score_samples(X) - offset_``: below 0 for an alarm.
+        """
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X):
+        """Raise alarms.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        ndarray of shape (n,), int64
+            -1 for an alarm, else 1.
+        """
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    @property
+    def device_(self):
+        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
+        return self._features.device
+
+    def _check_methods(self):
+        methods = (self.method,) if isinstance(self.method, str) else tuple(self.method)
+        unknown = [m for m in methods if m not in SENSORS]
+        if unknown or not methods or len(set(methods)) < len(methods):
+            raise ValueError(
+                f"method={self.method!r} must be one of {sorted(SENSORS)}, or a list that names "
+                "one or more of them once."
+            )
+        return methods
+
+    def _find_classes(self, X, y):
+        if y is not None:
+            return np.unique(y, return_inverse=True)[1]
+        if not self._features.has_network:
+            return np.zeros(len(X), dtype=np.int64)
+        outputs = self._features.outputs(X)
+        # A single output is the logit of the second of two classes.
+        predicted = outputs.argmax(dim=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
+        return predicted.cpu().numpy()
+
+    def _sense(self, features, own=None):
+        """Give every method's raw scores: a list of arrays (n, n_scores)."""
+        return [sensor(features, own) for sensor in self._sensors]
+
+    def _weigh(self, X):
+        return self._evidence(self._sense(self._features(X)))
+
+    def _evidence(self, scores):
+        columns = [
+            sum(scale(column) for scale, column in zip(scales, raw.T, strict=True))
+            for scales, raw in zip(self._scales, scores, strict=True)
+        ]
+        return np.stack(columns, axis=1)
+
+    def _calibrate(self, scores):
+        """Set the scales and the threshold on the scores of clean rows."""
+        n_rows = len(scores[0])
+        for_scales = for_threshold = slice(None)
+        if sum(raw.shape[1] for raw in scores) > 1:
+            # Added up, p-values are no p-value: the sum is judged by rows that did not scale it.
+            for_scales, for_threshold = slice(None, n_rows // 2), slice(n_rows // 2, None)
+        self._scales = [[ConformalScale(c) for c in raw[for_scales].T] for raw in scores]
+        threat = self._evidence([raw[for_threshold] for raw in scores]).sum(axis=1)
+        self.n_calibration_ = len(threat)
+        # The p-value (1 + clean rows at least as suspect) / (1 + clean rows) is to be <= alpha.
+        n_above = math.floor(self.alpha * (len(threat) + 1)) - 1
+        if n_above < 0:
+            warnings.warn(
+                f"alpha={self.alpha} needs {math.ceil(1 / self.alpha) - 1} calibration rows, but "
+                f"there are {len(threat)}: no alarm will be raised. Give more rows or a larger "
+                "alpha.",
+                stacklevel=5,
+            )
+            self.offset_ = -np.inf
+        else:
+            self.offset_ = -np.sort(threat)[::-1][n_above]

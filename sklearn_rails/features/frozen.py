@@ -1,0 +1,222 @@
+"""A fitted network as an estimator's parameter: shared by clones, cheap to pickle."""
+
+import io
+import sys
+import weakref
+
+import cloudpickle
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+# module -> (state of its tensors, blob). The same array object is returned until the network
+# changes, which lets joblib write it to disk once for all tasks of a search.
+_BLOBS = weakref.WeakKeyDictionary()
+
+
+def _tensor_state(module):
+    """Say whether a network's tensors may have changed, without reading them."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return (
+        module.training,
+        *((t.data_ptr(), t._version, tuple(t.shape), t.dtype, t.device) for t in tensors),
+    )
+
+
+def _to_blob(module):
+    state, blob = _BLOBS.get(module, (None, None))
+    if state != _tensor_state(module):
+        buffer = io.BytesIO()
+        # cloudpickle, so that a class written in a notebook reaches the workers of a search.
+        torch.save(module, buffer, pickle_module=cloudpickle)
+        blob = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+        _BLOBS[module] = (_tensor_state(module), blob)
+    return blob
+
+
+def _from_blob(blob):
+    module = torch.load(io.BytesIO(blob.tobytes()), map_location="cpu", weights_only=False)
+    _BLOBS[module] = (_tensor_state(module), blob)
+    return module
+
+
+class FrozenModule:
+    """A fitted network as a parameter of an estimator.
+
+    What :class:`sklearn.frozen.FrozenEstimator` is for estimators: :func:`sklearn.base.clone`
+    shares the network instead of copying it, a pickle holds it as one compact array of bytes that
+    loads on a machine without a GPU, and :func:`joblib.hash` sees its content. The estimators of
+    this package treat a bare network the same way; wrap it where the hash counts (a
+    :class:`~sklearn.pipeline.Pipeline` with ``memory``) or where a fitted skorch net is to outlive
+    a :func:`~sklearn.base.clone` of its own.
+
+    Parameters
+    ----------
+    module : torch.nn.Module, fitted skorch net or FrozenModule
+        The network. It is not copied, and nothing in it is ever changed.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The network itself.
+
+    Raises
+    ------
+    TypeError
+        If ``module`` is not a network.
+    sklearn.exceptions.NotFittedError
+        If ``module`` is a skorch net that has not been fitted.
+
+    Notes
+    -----
+    A pickle needs the network's class to be importable where it is loaded (a class written in a
+    script or a notebook travels along), and like any pickle it may run code: load only what you
+    trust.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sklearn.base import clone
+    >>> from sklearn_rails import FrozenModule
+    >>> frozen = FrozenModule(nn.Linear(3, 2))
+    >>> frozen
+    FrozenModule(Linear, 8 parameters)
+    >>> clone(frozen) is frozen
+    True
+    """
+
+    def __init__(self, module):
+        self.module = as_module(module)
+
+    def __sklearn_clone__(self):
+        return self
+
+    def __getstate__(self):
+        return {"blob": _to_blob(self.module)}
+
+    def __setstate__(self, state):
+        self.module = _from_blob(state["blob"])
+
+    def __repr__(self):
+        n_parameters = sum(p.numel() for p in self.module.parameters())
+        return f"FrozenModule({type(self.module).__name__}, {n_parameters:,} parameters)"
+
+
+# module's id -> its living handle, so that everything pickled together names one handle.
+_HANDLES = weakref.WeakValueDictionary()
+
+
+def freeze(module):
+    """Give the handle of a network, the same one as long as it is in use.
+
+    Parameters
+    ----------
+    module : torch.nn.Module or fitted skorch net
+
+    Returns
+    -------
+    FrozenModule
+    """
+    module = as_module(module)
+    handle = _HANDLES.get(id(module))
+    if handle is None:
+        handle = _HANDLES[id(module)] = FrozenModule(module)
+    return handle
+
+
+def is_network(value):
+    """Tell whether an estimator's parameter is a bare network."""
+    return isinstance(value, nn.Module) or _is_skorch_net(value)
+
+
+def as_module(network):
+    """Give the ``torch.nn.Module`` behind a network in any of its forms.
+
+    Parameters
+    ----------
+    network : torch.nn.Module, fitted skorch net or FrozenModule
+
+    Returns
+    -------
+    torch.nn.Module
+
+    Raises
+    ------
+    TypeError
+        If it is not a network.
+    sklearn.exceptions.NotFittedError
+        If it is a skorch net that has not been fitted.
+    """
+    if isinstance(network, FrozenModule):
+        return network.module
+    if isinstance(network, nn.Module):
+        return network
+    if _is_skorch_net(network):
+        # An initialized net holds a module too, with random weights.
+        if not getattr(network, "history_", None):
+            raise NotFittedError(
+                f"The skorch net {type(network).__name__} is not fitted. clone() makes an unfitted "
+                "net of a fitted one: wrap the fitted net, as in FrozenModule(net), before it is "
+                "cloned, or fit it first."
+            )
+        return network.module_
+    raise TypeError(
+        "A network must be a torch.nn.Module, a fitted skorch net or a FrozenModule, got "
+        f"{type(network).__name__}."
+    )
+
+
+def _is_skorch_net(value):
+    # Importing skorch costs a second; a value can be its net only if somebody has done so.
+    skorch = sys.modules.get("skorch")
+    return skorch is not None and isinstance(value, skorch.NeuralNet)
+
+
+class SharesNetwork(BaseEstimator):
+    """Clone, pickle and print an estimator without copying or printing a bare network.
+
+    Holds nothing else: what estimators have in common beyond this stands in functions.
+    """
+
+    def __sklearn_clone__(self):
+        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
+        twin = self._with(dict.fromkeys(networks))
+        clone = super(SharesNetwork, twin).__sklearn_clone__()
+        return clone._with(networks)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if state is vars(self):
+            state = dict(state)
+        bare = [k for k, v in self.get_params(deep=False).items() if is_network(v)]
+        # A skorch net comes back frozen: its optimizer and callbacks are not needed to predict.
+        state["_bare_networks"] = [k for k in bare if isinstance(state[k], nn.Module)]
+        return {**state, **{k: freeze(state[k]) for k in bare}}
+
+    def __setstate__(self, state):
+        bare = state.pop("_bare_networks", ())
+        super().__setstate__({**state, **{k: state[k].module for k in bare}})
+
+    def __repr__(self, N_CHAR_MAX=700):
+        frozen = {
+            k: _Shown(v) for k, v in self.get_params(deep=False).items() if isinstance(v, nn.Module)
+        }
+        return super(SharesNetwork, self._with(frozen)).__repr__(N_CHAR_MAX)
+
+    def _with(self, params):
+        """Make a shallow copy with other values for some parameters."""
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self), **params)
+        return copy
+
+
+class _Shown:
+    """Print a network by its class alone."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __repr__(self):
+        return f"<{type(self.module).__name__}>"

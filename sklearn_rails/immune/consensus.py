@@ -1,0 +1,109 @@
+"""Consensus: the fittest cells become plasma and memory, and the plasma votes."""
+
+import math
+
+import torch
+
+
+def n_elite(fraction, n_cells):
+    """Count the cells in the top ``fraction`` of a population, at least one.
+
+    Parameters
+    ----------
+    fraction : float
+    n_cells : int
+
+    Returns
+    -------
+    int
+    """
+    # 0.07 * 100 is 7.000000000000001.
+    return max(1, math.ceil(round(fraction * n_cells, 9)))
+
+
+def fittest(affinity, n_fittest):
+    """Rank the cells of highest affinity, ties by position.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+    n_fittest : int
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_fittest), int64
+    """
+    return affinity.sort(dim=1, descending=True, stable=True).indices[:, :n_fittest]
+
+
+def unanimous_class(affinity, labels, n_plasma):
+    """Find the class that all of a population's plasma is of.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+    labels : torch.Tensor of shape (n, n_cells), int64
+    n_plasma : int
+
+    Returns
+    -------
+    torch.Tensor of shape (n,), int64
+        The class, or -1 where the plasma is divided.
+    """
+    plasma = labels.gather(1, fittest(affinity, n_plasma))
+    return torch.where((plasma == plasma[:, :1]).all(dim=1), plasma[:, 0], -1)
+
+
+def count_votes(labels, n_classes):
+    """Count each class's votes.
+
+    Parameters
+    ----------
+    labels : torch.Tensor of shape (n, n_votes), int64
+    n_classes : int
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes), float64
+    """
+    votes = torch.zeros((len(labels), n_classes), dtype=torch.float64, device=labels.device)
+    return votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float64))
+
+
+def class_affinity(affinity, labels, flocked):
+    """Give each class's highest affinity among its cells and its nearest neighbour.
+
+    The neighbour stands in for a class that has died out.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+    labels : torch.Tensor of shape (n, n_cells), int64
+    flocked : torch.Tensor of shape (n, n_classes, n_neighbors)
+        Affinities of the flocked neighbours, highest first.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes)
+    """
+    return flocked[..., 0].scatter_reduce(1, labels, affinity, "amax")
+
+
+def tie_break(affinity, tau):
+    """Map the classes' affinities to less than half a vote, in the same order.
+
+    The map never levels off, so that scores show a difference where the votes do not.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_classes)
+    tau : float
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes), float64
+        Between 0 and 0.5.
+    """
+    affinity = affinity.to(torch.float64)
+    z = (affinity - affinity.mean(dim=1, keepdim=True)) / tau
+    return 0.25 * (1 + z / (1 + z.abs()))

@@ -1,0 +1,350 @@
+"""Expansion and optimization: cells are cloned, selected, crossed over and mutated.
+
+Every function is pure: random numbers come in as arguments, uniform in [0, 1) and shared by all
+rows, so that a row's answer is a function of the row. Populations are kept sorted by class: a
+class is a slice, and one cumulative sum serves the choice of both parents.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .consensus import unanimous_class
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where cells live and how far a mutation moves them.
+
+    Attributes
+    ----------
+    unit : array of shape (n_features,) or float
+        What delta is counted in: each feature's range, or 1.
+    low, high : array of shape (n_features,), float or None
+        The bounds that cells are clipped to.
+    """
+
+    unit: np.ndarray | torch.Tensor | float
+    low: np.ndarray | torch.Tensor | float | None
+    high: np.ndarray | torch.Tensor | float | None
+
+    def on(self, cells):
+        """Give the domain as tensors beside some cells.
+
+        Parameters
+        ----------
+        cells : torch.Tensor
+
+        Returns
+        -------
+        Domain
+        """
+        return Domain(
+            *(
+                torch.as_tensor(v, device=cells.device, dtype=cells.dtype)
+                if isinstance(v, np.ndarray)
+                else v
+                for v in (self.unit, self.low, self.high)
+            )
+        )
+
+
+def class_quota(n_cells, n_classes):
+    """Share cells among the classes; the first ones get what is left over.
+
+    Parameters
+    ----------
+    n_cells, n_classes : int
+
+    Returns
+    -------
+    list of int
+    """
+    share, left_over = divmod(n_cells, n_classes)
+    return [share + (c < left_over) for c in range(n_classes)]
+
+
+def clone_neighbors(index, n_cells):
+    """Spread a population over the flocked neighbours, class after class.
+
+    Parameters
+    ----------
+    index : torch.Tensor of shape (n, n_classes, n_neighbors), int64
+        Neighbours of each row, -1 where a class has no more.
+    n_cells : int
+
+    Returns
+    -------
+    parents : torch.Tensor of shape (n, n_cells), int64
+        The example that each cell is a clone of. A class's nearest neighbours get its remainder.
+    labels : torch.Tensor of shape (n_cells,), int64
+    """
+    n_rows, n_classes, _ = index.shape
+    quota = torch.tensor(class_quota(n_cells, n_classes), device=index.device)
+    labels = torch.repeat_interleave(
+        torch.arange(n_classes, device=index.device), quota, output_size=n_cells
+    )
+    first = torch.cumsum(quota, dim=0) - quota
+    # The examples that a class has are the same number for every row.
+    n_found = (index[0] >= 0).sum(dim=1)
+    rank = (torch.arange(n_cells, device=index.device) - first[labels]) % n_found[labels]
+    return index[:, labels, rank].reshape(n_rows, n_cells), labels
+
+
+def mutation_steps(uniforms, rho, delta_min, delta_max):
+    """Turn uniform numbers into what mutation adds to each element.
+
+    Parameters
+    ----------
+    uniforms : torch.Tensor of shape (n_cells, n_features)
+    rho : float
+        Probability that an element changes.
+    delta_min, delta_max : float
+        Smallest and largest size of a change.
+
+    Returns
+    -------
+    torch.Tensor of shape (n_cells, n_features)
+        0 with probability 1 - rho, else plus or minus a number uniform in [delta_min, delta_max).
+    """
+    # Given u < rho, 2 u / rho is uniform in [0, 2): its whole part is the sign, the rest the size.
+    v = uniforms * (2 / max(rho, torch.finfo(uniforms.dtype).tiny))
+    size = delta_min + (delta_max - delta_min) * v.remainder(1)
+    return torch.where(uniforms < rho, torch.where(v < 1, size, -size), 0.0)
+
+
+def mutate(cells, steps, domain):
+    """Move cells and clip them to their domain.
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_cells, n_features)
+    steps : torch.Tensor of shape (n_cells, n_features)
+    domain : Domain
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_cells, n_features)
+    """
+    moved = cells + steps * domain.unit
+    return moved if domain.low is None else moved.clamp_(domain.low, domain.high)
+
+
+def select_parents(affinity, labels, uniforms, tau, *, n_classes, selection):
+    """Draw two parents of one class for every new cell.
+
+    The first comes from P = softmax(affinity / tau) over the whole population ("global",
+    Algorithm 1) or over a fixed number of draws in each class ("class_balanced"); the second from
+    P restricted to the first one's class.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+    labels : torch.Tensor of shape (n, n_cells), int64
+        Class of each cell, in ascending order.
+    uniforms : dict of str to torch.Tensor of shape (n_cells,)
+        ``"first"`` and ``"second"``.
+    tau : float
+    n_classes : int
+    selection : {"global", "class_balanced"}
+
+    Returns
+    -------
+    first, second : torch.Tensor of shape (n, n_cells), int64
+        Positions of the parents; those of the first are in the order of their classes.
+    """
+    n_rows, n_cells = affinity.shape
+    # Weights relative to the best of the class: no class's sum is lost to underflow.
+    best = affinity.new_full((n_rows, n_classes), -torch.inf)
+    best.scatter_reduce_(1, labels, affinity, "amax")
+    weights = torch.exp((affinity - best.gather(1, labels)) / tau)
+    total = weights.new_zeros(n_rows, n_classes).scatter_add_(1, labels, weights)
+    cumulative = weights.cumsum(dim=1)
+    count = torch.zeros_like(labels[:, :1]).expand(n_rows, n_classes).clone()
+    count.scatter_add_(1, labels, torch.ones_like(labels))
+    stop = count.cumsum(dim=1)
+    below = total.cumsum(dim=1) - total
+
+    if selection == "global":
+        mass = total * torch.exp((best - best.amax(dim=1, keepdim=True)) / tau)
+        edges = mass.cumsum(dim=1)
+        target = uniforms["first"].sort().values * edges[:, -1:]
+        child_labels = torch.searchsorted(edges, target, right=True).clamp_(max=n_classes - 1)
+        # Where in its class the draw lands, as a share of the class's mass.
+        start_mass = (edges - mass).gather(1, child_labels)
+        share = (target - start_mass) / mass.gather(1, child_labels)
+    else:
+        child_labels = labels
+        share = uniforms["first"].expand(n_rows, n_cells)
+
+    def draw(share):
+        target = below.gather(1, child_labels) + share * total.gather(1, child_labels)
+        place = torch.searchsorted(cumulative, target, right=True)
+        last = stop.gather(1, child_labels) - 1
+        first = (stop - count).gather(1, child_labels)
+        # Rounding must not carry a draw over the edge of its class.
+        return place.clamp_(first, last)
+
+    return draw(share), draw(uniforms["second"].expand(n_rows, n_cells))
+
+
+def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover):
+    """Take each element from the first parent with probability q, else from the second.
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_cells, n_features)
+    affinity : torch.Tensor of shape (n, n_cells)
+    first, second : torch.Tensor of shape (n, n_cells), int64
+    uniforms : torch.Tensor of shape (n_cells, n_features)
+    tau : float
+    crossover : {"affinity", "uniform"}
+        q is the softmax of the two affinities over tau, or a half.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_cells, n_features)
+    """
+    n_rows, n_cells, n_features = cells.shape
+    if crossover == "affinity":
+        q = torch.sigmoid((affinity.gather(1, first) - affinity.gather(1, second)) / tau)
+    else:
+        q = affinity.new_full((n_rows, n_cells), 0.5)
+    offset = torch.arange(n_rows, device=cells.device)[:, None] * n_cells
+    flat = cells.reshape(n_rows * n_cells, n_features)
+    return torch.where(
+        uniforms < q[..., None],
+        flat[first + offset],
+        flat[second + offset],
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a population matures: the parameters of Algorithm 1.
+
+    Attributes
+    ----------
+    generations : int
+    rho, delta_min, delta_max : float
+    selection : {"global", "class_balanced"}
+    crossover : {"affinity", "uniform"}
+    n_plasma : int
+    early_stopping : bool
+    """
+
+    generations: int
+    rho: float
+    delta_min: float
+    delta_max: float
+    selection: str
+    crossover: str
+    n_plasma: int
+    early_stopping: bool
+
+
+@dataclass(frozen=True)
+class Population:
+    """The final populations of some rows, and how they came about.
+
+    Attributes
+    ----------
+    cells : torch.Tensor of shape (n, n_cells, n_features), or None if not kept
+    labels : torch.Tensor of shape (n, n_cells), int64
+    affinity : torch.Tensor of shape (n, n_cells)
+    affinity_curve : torch.Tensor of shape (n, generations + 1)
+        Mean affinity; NaN after a row has stopped.
+    class_curve : torch.Tensor of shape (n, generations + 1, n_classes)
+        Each class's share of the population; NaN after a row has stopped.
+    n_generations : torch.Tensor of shape (n,), int64
+    """
+
+    cells: torch.Tensor | None
+    labels: torch.Tensor
+    affinity: torch.Tensor
+    affinity_curve: torch.Tensor
+    class_curve: torch.Tensor
+    n_generations: torch.Tensor
+
+
+def mature(cells, labels, *, measure, draw, tau, schedule, domain, n_classes, keep_cells):
+    """Breed populations toward their antigens (Algorithm 1 of Wang et al. 2021).
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_cells, n_features)
+        The clones, not yet mutated.
+    labels : torch.Tensor of shape (n_cells,), int64
+        Their classes, in ascending order.
+    measure : callable
+        ``measure(cells, rows)``: affinities (m, n_cells) of the populations (m, n_cells,
+        n_features) of the rows whose positions are ``rows`` (m,).
+    draw : callable
+        ``draw(generation)``: the uniform numbers, as
+        :func:`~sklearn_rails._random.generation_uniforms` makes them, on the cells' device.
+    tau : float
+    schedule : Schedule
+    domain : Domain
+    n_classes : int
+    keep_cells : bool
+        Whether the final cells are wanted.
+
+    Returns
+    -------
+    Population
+    """
+    n_rows, n_cells, _ = cells.shape
+    device, dtype = cells.device, cells.dtype
+    n_points = schedule.generations + 1
+    affinity_curve = torch.full((n_rows, n_points), torch.nan, device=device, dtype=dtype)
+    class_curve = affinity_curve[..., None].repeat(1, 1, n_classes)
+    n_generations = torch.full((n_rows,), schedule.generations, device=device)
+    final_cells = torch.empty_like(cells) if keep_cells else None
+    final_affinity = torch.empty((n_rows, n_cells), device=device, dtype=dtype)
+    final_labels = torch.empty((n_rows, n_cells), device=device, dtype=torch.int64)
+
+    rows = torch.arange(n_rows, device=device)
+    labels = labels.expand(n_rows, n_cells)
+    leader = torch.full_like(rows, -1)
+    affinity = None
+    for generation in range(n_points):
+        uniforms = draw(generation)
+        if generation > 0:
+            first, second = select_parents(
+                affinity, labels, uniforms, tau, n_classes=n_classes, selection=schedule.selection
+            )
+            cells = cross_over(
+                cells, affinity, first, second, uniforms["cross"], tau, crossover=schedule.crossover
+            )
+            labels = labels.gather(1, first)
+        steps = mutation_steps(
+            uniforms["mutate"], schedule.rho, schedule.delta_min, schedule.delta_max
+        )
+        cells = mutate(cells, steps, domain)
+        affinity = measure(cells, rows)
+        affinity_curve[rows, generation] = affinity.mean(dim=1)
+        count = torch.zeros((len(rows), n_classes), device=device, dtype=dtype)
+        class_curve[rows, generation] = (
+            count.scatter_add_(1, labels, torch.ones_like(affinity)) / n_cells
+        )
+
+        previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
+        done = (leader >= 0) & (leader == previous)
+        if generation == schedule.generations:
+            done[:] = True
+        elif not schedule.early_stopping:
+            continue
+        n_generations[rows[done]] = generation
+        final_affinity[rows[done]] = affinity[done]
+        final_labels[rows[done]] = labels[done]
+        if keep_cells:
+            final_cells[rows[done]] = cells[done]
+        if done.all():
+            break
+        if done.any():
+            rows, leader = rows[~done], leader[~done]
+            cells, affinity, labels = cells[~done], affinity[~done], labels[~done]
+    return Population(
+        final_cells, final_labels, final_affinity, affinity_curve, class_curve, n_generations
+    )

@@ -1,0 +1,217 @@
+"""Sensing: how well training data support an input, as votes, p-values and threat scores."""
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize, one_hot
+
+from .flocking import ClassNeighbors, drop_own
+
+
+def neighbor_votes(features, neighbors, labels, *, n_neighbors, n_classes, own=None):
+    """Let the nearest neighbours in every layer vote.
+
+    Parameters
+    ----------
+    features : dict of str to torch.Tensor of shape (n, n_layer_features)
+    neighbors : dict of str to ClassNeighbors
+        Of all training rows, as one class.
+    labels : ndarray of shape (n_train,)
+        Classes of the training rows, as integers from 0.
+    n_neighbors : int
+        Not more than there are training rows.
+    n_classes : int
+    own : ndarray of shape (n,), default=None
+        Each row's index among the training rows, if it is one of them: a row is not its own
+        neighbour.
+
+    Returns
+    -------
+    votes : ndarray of shape (n, n_classes), float64
+        Neighbours of each class, over all layers.
+    closeness : ndarray of shape (n, n_classes), float64
+        Mean over the layers of R / (r + R), with the distance r of the class's nearest neighbour
+        and R of the k-th: from 1/2 to 1, and 0 where the class is not among the neighbours.
+    """
+    votes, closeness = 0, 0
+    for layer, queries in features.items():
+        distance, index = nearest(neighbors[layer], queries, n_neighbors, own)
+        classes = torch.from_numpy(labels).to(index.device)[index]
+        votes = votes + one_hot(classes, n_classes).sum(dim=1)
+        nearest_of_class = torch.full((len(queries), n_classes), torch.inf, dtype=torch.float64)
+        distance = distance.cpu().to(torch.float64)
+        nearest_of_class.scatter_reduce_(1, classes.cpu(), distance, "amin")
+        scale = distance[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+        closeness = closeness + scale / (nearest_of_class + scale) / len(features)
+    return votes.cpu().numpy().astype(np.float64), closeness.numpy()
+
+
+def nearest(neighbors, queries, n_neighbors, own=None):
+    """Find the nearest of all training rows.
+
+    Parameters
+    ----------
+    neighbors : ClassNeighbors
+        Of all training rows, as one class.
+    queries : torch.Tensor of shape (n, n_features)
+    n_neighbors : int
+    own : ndarray of shape (n,), default=None
+        Each query's index among the training rows, if it is one of them.
+
+    Returns
+    -------
+    distance, index : torch.Tensor of shape (n, n_neighbors)
+    """
+    affinity, index = neighbors.kneighbors(queries, n_neighbors + (own is not None))
+    if own is not None:
+        affinity, index = drop_own(affinity, index, torch.as_tensor(own, device=index.device))
+    return -affinity[:, 0], index[:, 0]
+
+
+def conformal_p_values(scores, calibration, *, count_own=True):
+    """Compare nonconformity scores with those of calibration rows.
+
+    Parameters
+    ----------
+    scores : ndarray
+        Higher conforms less.
+    calibration : ndarray of shape (n_calibration,)
+        Scores of the calibration rows, in ascending order.
+    count_own : bool, default=True
+        Count the row itself, (count + 1) / (n_calibration + 1), as a valid p-value does.
+
+    Returns
+    -------
+    ndarray, float64
+        Of the shape of ``scores``: share of the calibration rows that conform no better.
+    """
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    return (at_least + count_own) / (len(calibration) + count_own)
+
+
+class ConformalScale:
+    """Turn scores into evidence, minus the log of their conformal p-value on clean rows.
+
+    Between the calibration scores the p-value is interpolated, and beyond the largest it goes on
+    falling, so that the evidence grows with the score and orders rows that lie outside of all that
+    has been seen.
+
+    Parameters
+    ----------
+    calibration : ndarray of shape (n_calibration,)
+        Scores of clean rows; higher is more suspect.
+    """
+
+    def __init__(self, calibration):
+        ordered = np.sort(calibration)
+        self._scores, first = np.unique(ordered, return_index=True)
+        self._p_values = (len(ordered) - first + 1) / (len(ordered) + 1)
+        spread = self._scores[-1] - np.median(ordered)
+        self._width = spread if spread > 0 else 1.0
+
+    def __call__(self, scores):
+        """Give the evidence of some scores.
+
+        Parameters
+        ----------
+        scores : ndarray of shape (n,)
+
+        Returns
+        -------
+        ndarray of shape (n,), float64
+            0 for the least suspect.
+        """
+        inside = np.interp(scores, self._scores, self._p_values)
+        beyond = np.maximum(scores - self._scores[-1], 0) / self._width
+        return np.log1p(beyond) - np.log(inside)
+
+
+class CredibilitySensor:
+    """Nonconformity with the class that conforms best, of which DkNN's credibility is a p-value.
+
+    Neighbours of another class than the most frequent one, over all layers, and less than 1 for
+    the distance of the k-th neighbour, so that there are no ties. With a single class only the
+    distance is left.
+
+    Parameters
+    ----------
+    features : dict of str to torch.Tensor of shape (n_train, n_layer_features)
+        Of clean training rows.
+    labels : ndarray of shape (n_train,)
+        Their classes, as integers from 0.
+    n_neighbors : int
+        Less than the number of training rows.
+    """
+
+    def __init__(self, features, labels, n_neighbors):
+        self._labels = labels
+        self._n_neighbors = n_neighbors
+        self._neighbors = {k: _all_rows(f) for k, f in features.items()}
+
+    def __call__(self, features, own=None):
+        """Score rows.
+
+        Parameters
+        ----------
+        features : dict of str to torch.Tensor of shape (n, n_layer_features)
+        own : ndarray of shape (n,), default=None
+            Each row's index among the training rows, if it is one of them.
+
+        Returns
+        -------
+        ndarray of shape (n, 1), float64
+        """
+        n_classes = int(self._labels.max()) + 1
+        against, distance = 0, 0
+        for layer, queries in features.items():
+            radius, index = nearest(self._neighbors[layer], queries, self._n_neighbors, own)
+            votes = one_hot(torch.from_numpy(self._labels)[index.cpu()], n_classes).sum(dim=1)
+            against = against + self._n_neighbors - votes
+            radius = radius[:, -1].cpu().numpy().astype(np.float64)
+            distance = distance + radius / (1 + radius) / len(features)
+        return (against.min(dim=1).values.numpy() + distance)[:, None]
+
+
+class DistanceSensor:
+    """Distance of the k-th neighbour on L2-normalised features (Sun et al. 2022).
+
+    Parameters
+    ----------
+    features : dict of str to torch.Tensor of shape (n_train, n_layer_features)
+        Of clean training rows.
+    labels : ndarray of shape (n_train,)
+        Not used.
+    n_neighbors : int
+        Less than the number of training rows.
+    """
+
+    def __init__(self, features, labels, n_neighbors):
+        self._n_neighbors = n_neighbors
+        self._neighbors = {k: _all_rows(normalize(f, dim=1)) for k, f in features.items()}
+
+    def __call__(self, features, own=None):
+        """Score rows.
+
+        Parameters
+        ----------
+        features : dict of str to torch.Tensor of shape (n, n_layer_features)
+        own : ndarray of shape (n,), default=None
+            Each row's index among the training rows, if it is one of them.
+
+        Returns
+        -------
+        ndarray of shape (n, n_layers), float64
+        """
+        columns = [
+            nearest(self._neighbors[k], normalize(f, dim=1), self._n_neighbors, own)[0][:, -1]
+            for k, f in features.items()
+        ]
+        return torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
+
+
+def _all_rows(features):
+    neighbors = ClassNeighbors()
+    return neighbors.fit(features, np.zeros(len(features), dtype=np.int64), n_classes=1)
+
+
+# What ThreatScorer's `method` can be.
+SENSORS = {"credibility": CredibilitySensor, "distance": DistanceSensor}

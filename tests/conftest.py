@@ -1,0 +1,71 @@
+"""Networks and data that the tests share."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+
+class ConvNet(nn.Module):
+    """Functional ReLU, pooling and dropout: nothing that its children alone would tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 8, 3, padding=1)
+        self.fc = nn.Linear(8 * 4 * 4, 10)
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc(F.dropout(x.flatten(1), 0.5, self.training))
+
+
+class Scale(nn.Module):
+    """Holds parameters, and takes rows of any width."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class AnyWidth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = Scale()
+        self.second = Scale()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.fixture
+def conv_net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ConvNet()
+
+
+@pytest.fixture(scope="session")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    X = (X / 16).astype(np.float32)
+    X.flags.writeable = False
+    return X, y
+
+
+def pytest_collection_modifyitems(config, items):
+    # One check of scikit-learn's needs SCIPY_ARRAY_API=1, and skips itself without; test_common
+    # runs the whole contract with the switch on.
+    if os.environ.get("SCIPY_ARRAY_API") != "1":
+        only_there = [item for item in items if "check_array_api_input" in item.name]
+        config.hook.pytest_deselected(items=only_there)
+        items[:] = [item for item in items if item not in only_there]

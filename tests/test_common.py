@@ -1,0 +1,50 @@
+"""scikit-learn's own contract, with and without a network."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import AnyWidth
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from sklearn_rails import (
+    DkNNClassifier,
+    FrozenModule,
+    RAILSClassifier,
+    ThreatScorer,
+    TorchFeatureExtractor,
+)
+
+NET = FrozenModule(AnyWidth())
+
+ESTIMATORS = [
+    RAILSClassifier(random_state=0),
+    RAILSClassifier(NET, layers=["first", "second"], population_size=50, random_state=0),
+    RAILSClassifier(NET, start_layer="first", early_stopping=False, random_state=0),
+    RAILSClassifier(selection="class_balanced", crossover="uniform", threat_scorer=ThreatScorer()),
+    DkNNClassifier(),
+    DkNNClassifier(NET, layers=["first", "second"], calibration="leave-one-out"),
+    ThreatScorer(),
+    ThreatScorer(NET, method=["credibility", "distance"]),
+    TorchFeatureExtractor(),
+    TorchFeatureExtractor(NET, layers=["first", "output"]),
+]
+
+
+@parametrize_with_checks(ESTIMATORS)
+def test_estimators_keep_scikit_learns_contract(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+def test_contract_holds_with_the_array_api_switched_on():
+    # SciPy reads the switch when it is imported.
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "keep_scikit", "-qrs", "--no-cov"],
+        env={**os.environ, "SCIPY_ARRAY_API": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "skipped" not in run.stdout
