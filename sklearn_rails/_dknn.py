@@ -9,7 +9,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map
+from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
 from .immune.flocking import ClassNeighbors
 from .immune.sensing import conformal_p_values, neighbor_votes
 
@@ -170,7 +170,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             the device is not there, or no row is left to calibrate with. The estimator is then as
             it was before.
         """
-        X, y = validate_fit_rows(self, X, y)
+        X, y = validate_fit_rows(self, X, y, input_shape=open_parameter(self, "input_shape"))
         self.classes_, y = np.unique(y, return_inverse=True)
         self._features = feature_map(self, self.feature_extractor)
         self._features.probe(X)

@@ -5,7 +5,7 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, effective_n_jobs
 from sklearn import get_config
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._random import draw_seed, generation_uniforms
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map
+from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
 from .immune.affinity import paired_affinity
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
 from .immune.flocking import ClassNeighbors, drop_own
@@ -265,7 +265,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             the device is not there. The estimator is then as it was before.
         """
         given = X, y
-        X, y = validate_fit_rows(self, X, y)
+        X, y = validate_fit_rows(self, X, y, input_shape=open_parameter(self, "input_shape"))
         self.classes_, y = np.unique(y, return_inverse=True)
         n_classes = len(self.classes_)
         if self.delta_min > self.delta_max:
@@ -411,7 +411,9 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         bank = self._bank()
         row_bytes = self.population_size * bank.shape[1] * bank.element_size()
         budget = get_config()["working_memory"] * 2**20
-        step = max(1, int(budget // (POPULATIONS_HELD * row_bytes)))
+        n_threads = effective_n_jobs(self.n_jobs)
+        step = max(1, int(budget // (POPULATIONS_HELD * row_bytes * n_threads)))
+        step = min(step, -(-len(X) // n_threads))
         blocks = [slice(start, start + step) for start in range(0, len(X), step)]
         with tqdm(total=len(X), unit="row", disable=not self.verbose) as progress:
 

@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ._compat import Interval, StrOptions, fit_context
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map
+from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
 from .immune.sensing import SENSORS, ConformalScale
 
 # Rows that calibrate, each left out of its own neighbours: enough for a false-alarm rate of 5 %
@@ -172,7 +172,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             If a parameter or the data is invalid, the network does not fit the data, or a layer or
             the device is not there. The estimator is then as it was before.
         """
-        X, y = validate_fit_rows(self, X, y)
+        X, y = validate_fit_rows(self, X, y, input_shape=open_parameter(self, "input_shape"))
         if len(X) < 2:
             raise ValueError(f"{type(self).__name__} needs 2 rows or more, got n_samples={len(X)}.")
         self.methods_ = self._check_methods()

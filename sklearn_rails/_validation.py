@@ -28,17 +28,19 @@ def all_or_nothing(fit):
     return wrapped
 
 
-def validate_fit_rows(estimator, X, y=None):
+def validate_fit_rows(estimator, X, y=None, *, input_shape):
     """Check training rows and remember their shape on the estimator.
 
     Sets ``n_features_in_``, ``feature_names_in_`` where there are names, and ``input_shape_``.
 
     Parameters
     ----------
-    estimator : estimator with the parameters ``input_shape`` and ``dtype``
+    estimator : estimator with the parameter ``dtype``
     X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
     y : array-like of shape (n,), default=None
         Class labels.
+    input_shape : tuple of int or None
+        The parameter; None takes the shape of X.
 
     Returns
     -------
@@ -51,7 +53,7 @@ def validate_fit_rows(estimator, X, y=None):
         If X, y or ``input_shape`` does not fit.
     """
     flat, shape = _flatten(X)
-    wanted = None if estimator.input_shape is None else tuple(estimator.input_shape)
+    wanted = None if input_shape is None else tuple(int(size) for size in input_shape)
     if wanted is not None and len(shape) > 1 and shape != wanted:
         raise ValueError(f"input_shape={wanted} was given, but the rows of X have shape {shape}.")
     flat, y = _validate_flat(estimator, flat, y, reset=True)

@@ -1,6 +1,12 @@
 """Everything that touches a torch module."""
 
-from .extractor import NETWORK_CONSTRAINTS, FeatureMap, TorchFeatureExtractor, feature_map
+from .extractor import (
+    NETWORK_CONSTRAINTS,
+    FeatureMap,
+    TorchFeatureExtractor,
+    feature_map,
+    open_parameter,
+)
 from .frozen import FrozenModule, SharesNetwork
 
 __all__ = [
@@ -10,4 +16,5 @@ __all__ = [
     "SharesNetwork",
     "TorchFeatureExtractor",
     "feature_map",
+    "open_parameter",
 ]

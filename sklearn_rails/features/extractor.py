@@ -12,7 +12,7 @@ from .._validation import all_or_nothing, validate_fit_rows, validate_rows
 from .batching import iterate_batches, resolve_batch_size
 from .device import DTYPES, kept_random_state, resolve_device
 from .frozen import SharesNetwork, as_module, freeze
-from .truncation import INPUT, OUTPUT, TruncatedNetwork
+from .truncation import TruncatedNetwork
 
 # What every estimator of the package accepts for a network's place, precision and cuts.
 NETWORK_CONSTRAINTS = {
@@ -123,7 +123,7 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, S
         ValueError
             If a parameter is invalid, a layer is unknown, or X does not fit the network.
         """
-        X, _ = validate_fit_rows(self, X)
+        X, _ = validate_fit_rows(self, X, input_shape=self.input_shape)
         features = feature_map(self, self.module)
         self._n_features_out = sum(f.shape[1] for f in features.probe(X).values())
         self.layers_ = features.layers
@@ -184,21 +184,38 @@ def feature_map(estimator, network, start_layer=None):
     TypeError, ValueError
         If the network, a layer or the device cannot be used.
     """
-    layers, device, batch_size = estimator.layers, estimator.device, estimator.batch_size
+    parameter = "module" if isinstance(estimator, TorchFeatureExtractor) else "feature_extractor"
     if isinstance(network, TorchFeatureExtractor):
-        layers = network.layers if layers is None else layers
-        device = network.device if device == "auto" else device
-        batch_size = network.batch_size if batch_size == "auto" else batch_size
         network = network.module
     return FeatureMap(
-        network,
-        layers,
+        None if network is None else as_module(network, parameter),
+        open_parameter(estimator, "layers"),
         input_shape=estimator.input_shape_,
-        device=device,
+        device=open_parameter(estimator, "device"),
         dtype=estimator.dtype,
-        batch_size=batch_size,
+        batch_size=open_parameter(estimator, "batch_size"),
         start_layer=start_layer,
     )
+
+
+def open_parameter(estimator, name):
+    """Give an estimator's parameter, or its extractor's where it is left open.
+
+    Parameters
+    ----------
+    estimator : estimator
+    name : {"layers", "input_shape", "device", "batch_size"}
+
+    Returns
+    -------
+    object
+    """
+    value = getattr(estimator, name)
+    extractor = getattr(estimator, "feature_extractor", None)
+    left_open = value is None or (isinstance(value, str) and value == "auto")
+    if left_open and isinstance(extractor, TorchFeatureExtractor):
+        return getattr(extractor, name)
+    return value
 
 
 class FeatureMap:
@@ -206,7 +223,7 @@ class FeatureMap:
 
     Parameters
     ----------
-    network : torch.nn.Module, fitted skorch net, FrozenModule or None
+    module : torch.nn.Module or None
         None passes rows through as the layer ``"input"``.
     layers : None, str or sequence of str
         Names of the layers; None for the network's output.
@@ -228,18 +245,19 @@ class FeatureMap:
         If the network, a layer or the device cannot be used.
     """
 
-    def __init__(
-        self, network, layers, *, input_shape, device, dtype, batch_size, start_layer=None
-    ):
-        self._module = None if network is None else as_module(network)
+    def __init__(self, module, layers, *, input_shape, device, dtype, batch_size, start_layer=None):
+        self._module = module
         self._device_name = device
         self.dtype = DTYPES[dtype]
         self.input_shape = tuple(int(size) for size in input_shape)
         self._run_on(resolve_device(device))
+        if self.device.type == "mps" and dtype == "float64":
+            raise ValueError("dtype='float64' cannot be had on device='mps'; use 'float32'.")
         self._batch_size = batch_size
         self.layers = self._network.resolve_layers(layers, "layers")
-        self.start_layer = start_layer or INPUT
-        self._network.resolve_layers(self.start_layer, "start_layer")
+        self.start_layer = start_layer
+        if start_layer is not None:
+            self._network.resolve_layers(start_layer, "start_layer")
         self.start_shape = self.input_shape
 
     @property
@@ -274,13 +292,15 @@ class FeatureMap:
         try:
             with torch.no_grad(), kept_random_state(self.device):
                 self._network.check(x, self.layers, self.start_layer)
-                outputs = self._network(x, (*self.layers, self.start_layer))
+                outputs = self._network(x, self.layers)
+                if self.start_layer is not None:
+                    start = self._network(x, (self.start_layer,))[self.start_layer]
+                    self.start_shape = tuple(start.shape[1:])
         except RuntimeError as error:
             raise ValueError(
                 f"The network does not take rows of shape {self.input_shape} (input_shape sets "
                 f"it): {error}"
             ) from error
-        self.start_shape = tuple(outputs[self.start_layer].shape[1:])
         return {name: outputs[name].reshape(len(x), -1) for name in self.layers}
 
     def to_device(self, X):
@@ -314,7 +334,7 @@ class FeatureMap:
         return self._collect(X, self.layers)
 
     def start(self, X):
-        """Give the output of the start layer.
+        """Give the output of the start layer, or the rows themselves where there is none.
 
         Parameters
         ----------
@@ -324,6 +344,8 @@ class FeatureMap:
         -------
         torch.Tensor of shape (n, n_start_features)
         """
+        if self.start_layer is None:
+            return self.to_device(X)
         return self._collect(X, (self.start_layer,))[self.start_layer]
 
     def outputs(self, X):
@@ -337,7 +359,8 @@ class FeatureMap:
         -------
         torch.Tensor of shape (n, n_outputs)
         """
-        return self._collect(X, (OUTPUT,))[OUTPUT]
+        output = self._network.output
+        return self._collect(X, (output,))[output]
 
     def iterate_cells(self, cells, layer):
         """Run cells from the start layer to another, a micro-batch at a time.
@@ -357,10 +380,16 @@ class FeatureMap:
 
     def _collect(self, X, layers):
         parts = {name: [] for name in layers}
-        for _, outputs in self._iterate(X, layers, INPUT, self.input_shape):
+        for _, outputs in self._iterate(X, layers, None, self.input_shape):
             for name, output in outputs.items():
                 parts[name].append(output)
-        return {name: torch.cat(batches) for name, batches in parts.items()}
+        features = {name: torch.cat(batches) for name, batches in parts.items()}
+        for name, values in features.items():
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"layers={name!r}: the network gives NaN or infinity for some rows of X."
+                )
+        return features
 
     def _iterate(self, X, layers, start, shape):
         x = self.to_device(X).reshape(len(X), *shape)

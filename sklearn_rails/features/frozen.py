@@ -131,12 +131,14 @@ def is_network(value):
     return isinstance(value, nn.Module) or _is_skorch_net(value)
 
 
-def as_module(network):
+def as_module(network, parameter="module"):
     """Give the ``torch.nn.Module`` behind a network in any of its forms.
 
     Parameters
     ----------
     network : torch.nn.Module, fitted skorch net or FrozenModule
+    parameter : str, default="module"
+        What the network was given as, for the errors.
 
     Returns
     -------
@@ -157,13 +159,13 @@ def as_module(network):
         # An initialized net holds a module too, with random weights.
         if not getattr(network, "history_", None):
             raise NotFittedError(
-                f"The skorch net {type(network).__name__} is not fitted. clone() makes an unfitted "
-                "net of a fitted one: wrap the fitted net, as in FrozenModule(net), before it is "
-                "cloned, or fit it first."
+                f"{parameter} is a skorch net ({type(network).__name__}) that is not fitted. "
+                "clone() makes an unfitted net of a fitted one: wrap the fitted net, as in "
+                "FrozenModule(net), before it is cloned, or fit it first."
             )
         return network.module_
     raise TypeError(
-        "A network must be a torch.nn.Module, a fitted skorch net or a FrozenModule, got "
+        f"{parameter} must be a torch.nn.Module, a fitted skorch net or a FrozenModule, got "
         f"{type(network).__name__}."
     )
 

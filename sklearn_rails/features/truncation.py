@@ -6,6 +6,7 @@ import threading
 import torch
 from torch import nn
 
+# What a network's own input and output are called, unless it has layers of these names.
 INPUT, OUTPUT = "input", "output"
 
 
@@ -30,7 +31,8 @@ class TruncatedNetwork:
     Notes
     -----
     A layer is a name of ``module.named_modules()``; ``"input"`` and ``"output"`` stand for the
-    network's own input and output unless it has layers of these names. Layers are watched while
+    network's own input and output unless it has layers of these names (its output is then called
+    ``""``). Layers are watched while
     the network's own ``forward`` runs, so functional operations between them are part of the way.
     """
 
@@ -43,6 +45,8 @@ class TruncatedNetwork:
         self._names = (
             [] if module is None else [name for name, _ in self._module.named_modules() if name]
         )
+        # named_modules() itself knows the network as "".
+        self.output = "" if OUTPUT in self._names else OUTPUT
         if module is not None:
             # The twin's own hooks see only what this thread has asked for.
             for name, layer in self._module.named_modules(remove_duplicate=False):
@@ -69,9 +73,9 @@ class TruncatedNetwork:
             If a name is unknown or stands twice, or there is none.
         """
         if layers is None:
-            return (INPUT if self._module is None else OUTPUT,)
+            return (INPUT if self._module is None else self.output,)
         names = (layers,) if isinstance(layers, str) else tuple(layers)
-        known = [*self._names, INPUT] + ([] if self._module is None else [OUTPUT])
+        known = [*self._names, INPUT] + ([] if self._module is None else [self.output])
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(
@@ -107,7 +111,7 @@ class TruncatedNetwork:
             If a layer is not reached, or gives something other than one tensor.
         """
         given = {}
-        if start in (None, INPUT) and self._is_end(INPUT, layers):
+        if start is None and self._is_end(INPUT, layers):
             given[INPUT] = x
         if start is not None and start in layers:
             given[start] = x
@@ -145,13 +149,13 @@ class TruncatedNetwork:
                 _check_output(name, output, len(x))
 
         output = self._forward(x, count)
-        if self._is_end(OUTPUT, layers):
-            _check_output(OUTPUT, output, len(x))
+        if self._is_end(self.output, layers):
+            _check_output(self.output, output, len(x))
         for name, n_calls in counts.items():
             if n_calls != 1:
                 raise ValueError(
-                    f"layers={name!r}: this layer runs {n_calls} times in one pass of the network; "
-                    "name one that runs exactly once."
+                    f"layers={name!r}: this layer runs {n_calls} times in one pass of the network, "
+                    "but it must run exactly once."
                 )
         if start in self._names:
             self._check_start(x, layers, start)
@@ -177,7 +181,7 @@ class TruncatedNetwork:
         given = {}
         missing = {name for name in wanted if name in self._names}
         needs_output = len(missing) < len(wanted)
-        started = start in (None, INPUT)
+        started = start is None
 
         def record(name, output):
             nonlocal started
@@ -202,7 +206,7 @@ class TruncatedNetwork:
                 f"The network ended before it reached {sorted(missing)}"
                 + ("." if start is None else f" from start_layer={start!r}.")
             )
-        given[OUTPUT] = _check_output(OUTPUT, output, len(x))
+        given[self.output] = _check_output(self.output, output, len(x))
         return given
 
     def _forward(self, x, record):
@@ -228,13 +232,14 @@ class _Reached(Exception):
 def _check_output(name, output, n_rows):
     if not isinstance(output, torch.Tensor):
         raise ValueError(
-            f"Layer {name!r} gives a {type(output).__name__}; it must give one tensor. "
-            "Name a layer that does."
+            f"layers={name!r}: the network gives a {type(output).__name__} there, but a layer must "
+            "give one tensor. Name a layer that does."
         )
     if output.ndim < 1 or len(output) != n_rows or not output.is_floating_point():
         raise ValueError(
-            f"Layer {name!r} gives a tensor of shape {tuple(output.shape)} and type "
-            f"{output.dtype} for {n_rows} input(s); it must give floats, with one row an input."
+            f"layers={name!r}: for {n_rows} input(s) the network gives a tensor of shape "
+            f"{tuple(output.shape)} and type {output.dtype} there, but a layer must give floats, "
+            "one row an input."
         )
     return output
 

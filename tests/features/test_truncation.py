@@ -1,0 +1,96 @@
+import pytest
+import torch
+from conftest import ConvNet
+from torch import nn
+from torch.nn import functional as F
+
+from sklearn_rails.features.truncation import TruncatedNetwork
+
+IMAGE = (1, 8, 8)
+
+
+def truncated(net, shape=IMAGE, dtype=torch.float32):
+    return TruncatedNetwork(net, device=torch.device("cpu"), dtype=dtype, input_shape=shape)
+
+
+@torch.no_grad()
+def test_running_from_a_layer_goes_on_where_it_stopped(conv_net):
+    network = truncated(conv_net)
+    x = torch.rand(5, *IMAGE)
+    whole = network(x, ("conv1", "conv2", "output"))
+    part = network(whole["conv1"], ("conv2", "output"), start="conv1")
+    for name in part:
+        torch.testing.assert_close(part[name], whole[name])
+
+
+@torch.no_grad()
+def test_layers_before_the_start_do_next_to_nothing():
+    net = ConvNet()
+    rows = []
+    net.conv1.register_forward_hook(lambda _m, _i, output: rows.append(len(output)))
+    network = truncated(net)
+    x = network(torch.rand(50, *IMAGE), ("conv1",))["conv1"]
+    rows.clear()
+    network(x, ("fc",), start="conv1")
+    assert rows == [1]
+
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.c = nn.Linear(4, 4)
+
+    def forward(self, x):
+        a = F.relu(self.a(x))
+        return self.c(self.b(a) + a)
+
+
+@torch.no_grad()
+def test_a_way_around_the_start_layer_is_refused():
+    network = truncated(Skip(), (4,))
+    x = torch.randn(2, 4)
+    network.check(x, ("c",), "a")
+    with pytest.raises(ValueError, match="start_layer='b'.*'c' depends on more"):
+        network.check(x, ("c",), "b")
+
+
+@torch.no_grad()
+def test_a_layer_before_the_start_is_refused(conv_net):
+    with pytest.raises(ValueError, match=r"ended before it reached \['conv1'\].*'conv2'"):
+        truncated(conv_net).check(torch.rand(2, *IMAGE), ("conv1",), "conv2")
+
+
+def test_the_view_shares_parameters_of_the_same_type_and_converts_others(conv_net):
+    for dtype, shared in ((torch.float32, True), (torch.float64, False)):
+        view = truncated(conv_net, dtype=dtype)._module
+        assert (view.conv1.weight.data_ptr() == conv_net.conv1.weight.data_ptr()) is shared
+        assert view.conv1.weight.dtype == dtype
+        assert not view.training
+        assert conv_net.training
+        assert conv_net.conv1.weight.dtype == torch.float32
+
+
+def test_gradients_can_flow_through_the_view(conv_net):
+    x = torch.rand(2, *IMAGE, requires_grad=True)
+    truncated(conv_net)(x, ("conv2",))["conv2"].sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_input_and_output_are_layers_unless_the_network_has_such_names():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return 2 * self.output(x)
+
+    assert truncated(None).resolve_layers(None, "layers") == ("input",)
+    assert truncated(nn.Linear(4, 3), (4,)).resolve_layers(None, "layers") == ("output",)
+    network = truncated(Named(), (4,))
+    (own,) = network.resolve_layers(None, "layers")
+    given = network(torch.ones(2, 4), (own, "output", "input"))
+    torch.testing.assert_close(given[own], 2 * given["output"])
+    torch.testing.assert_close(given["input"], torch.ones(2, 4))
