@@ -84,6 +84,11 @@ class ClassNeighbors:
     def _build_indexes(self):
         template = self.algorithm
         if isinstance(template, str):
+            if self.affinity not in ("euclidean", "cosine"):
+                raise ValueError(
+                    f"algorithm={template!r} finds neighbours by a distance, which affinity="
+                    f"{self.affinity!r} does not give; use algorithm='auto' or an estimator."
+                )
             template = NearestNeighbors(algorithm=template)
         examples = self._examples.cpu().numpy()
         return [

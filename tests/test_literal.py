@@ -1,0 +1,246 @@
+"""The engine against a literal loop over rows, cells and elements, on the same uniform numbers."""
+
+import literal
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_rails import RAILSClassifier
+from sklearn_rails._random import generation_uniforms
+
+N_FEATURES = 6
+CLASS_SIZES = {"bee": 20, "cat": 17, "dog": 3}  # the last has fewer than n_neighbors
+SETTINGS = {
+    "n_neighbors": 5,
+    "population_size": 17,  # does not divide by the number of classes
+    "generations": 3,
+    "tau": 0.1,
+    "rho": 0.3,
+    "plasma_fraction": 0.3,
+    "memory_fraction": 0.5,
+    "early_stopping": False,
+    "dtype": "float64",
+    "device": "cpu",
+    "random_state": 0,
+}
+
+
+def minus_manhattan(a, b):
+    """Works on one pair of vectors, and on tensors of pairs."""
+    return -abs(a - b).sum(-1)
+
+
+AFFINITIES = ["euclidean", "cosine", "inner_product", minus_manhattan]
+
+
+def identity(rows):
+    return rows
+
+
+def run(network):
+    def rows_through(rows):
+        with torch.no_grad():
+            return network(torch.from_numpy(rows)).numpy()
+
+    return rows_through
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    y = rng.permutation(np.repeat(list(CLASS_SIZES), list(CLASS_SIZES.values())))
+    return rng.random((len(y), N_FEATURES)), y, rng.random((4, N_FEATURES))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(N_FEATURES, 5), nn.Tanh(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
+    ).double()
+
+
+def literal_domain(cells, clip):
+    """The unit of mutation, and the bounds that cells are clipped to."""
+    low, high = cells.min(axis=0), cells.max(axis=0)
+    if low.min() >= 0 and high.max() <= 1:
+        unit, low, high = 1.0, 0.0, 1.0
+    else:
+        unit = high - low
+    if clip is None:
+        return unit, None, None
+    return (unit, low, high) if clip == "auto" else (unit, *clip)
+
+
+def assert_agrees(rails, data, *, start=identity, maps=(identity,)):
+    """Fit, respond, and compare all there is; give the literal responses, row by row.
+
+    ``start`` runs rows to the space that cells live in, and ``maps`` cells to each layer.
+    """
+    X, y, antigens = data
+    rails.fit(X, y)
+    classes, y = np.unique(y, return_inverse=True)
+    cells = start(X)
+    unit, low, high = literal_domain(cells, rails.clip)
+
+    def respond(antigen, number, layer, to_layer):
+        return literal.respond_in_layer(
+            cells,
+            to_layer(cells),
+            y,
+            len(classes),
+            to_layer(start(antigen[None]))[0],
+            lambda cell: to_layer(cell[None])[0],
+            lambda g: generation_uniforms(
+                rails.seed_, number, g, rails.population_size, cells.shape[1]
+            ),
+            k=rails.n_neighbors,
+            T=rails.population_size,
+            G=rails.generations,
+            tau=rails.tau_[layer],
+            rho=rails.rho,
+            delta_min=rails.delta_min,
+            delta_max=rails.delta_max,
+            unit=unit,
+            low=low,
+            high=high,
+            affinity=rails.affinity,
+            selection=rails.selection,
+            crossover=rails.crossover,
+            plasma_fraction=rails.plasma_fraction,
+            memory_fraction=rails.memory_fraction,
+        )
+
+    expected = [
+        [respond(antigen, *at) for at in zip(range(len(maps)), rails.layers_, maps, strict=True)]
+        for antigen in antigens
+    ]
+    response = rails.respond(antigens)
+    _, indices = rails.kneighbors(antigens)
+    for number, layer in enumerate(rails.layers_):
+        one_layer = [row[number] for row in expected]
+        for found, row in zip(indices[layer], one_layer, strict=True):
+            assert [[i for i in of_class if i >= 0] for of_class in found.tolist()] == row.neighbors
+        for kind in ("plasma", "memory"):
+            for suffix, values in (
+                ("", "cells"),
+                ("_labels", "labels"),
+                ("_affinity", "affinities"),
+            ):
+                wanted = np.array([getattr(row, values)[getattr(row, kind)] for row in one_layer])
+                got = getattr(response, kind + suffix)[layer]
+                if suffix == "_labels":
+                    np.testing.assert_array_equal(got, classes[wanted])
+                else:
+                    assert_close(got, wanted)
+        for curve in ("affinity_curve", "class_curve"):
+            assert_close(
+                getattr(response, curve)[layer], [getattr(row, curve) for row in one_layer]
+            )
+
+    scores, proba = (
+        np.array(part)
+        for part in zip(*(literal.consensus(row, len(classes)) for row in expected), strict=True)
+    )
+    assert_close(response.proba, proba)
+    assert_close(rails.predict_proba(antigens), proba)
+    decision = scores[:, 1] - scores[:, 0] if len(classes) == 2 else scores
+    assert_close(rails.decision_function(antigens), decision)
+    np.testing.assert_array_equal(response.labels, classes[proba.argmax(axis=1)])
+    np.testing.assert_array_equal(rails.predict(antigens), response.labels)
+    return expected
+
+
+def assert_close(got, wanted):
+    # An inner product may come close to 0.
+    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("crossover", ["affinity", "uniform"])
+@pytest.mark.parametrize("selection", ["global", "class_balanced"])
+def test_every_operator_agrees(data, selection, crossover, affinity):
+    rails = RAILSClassifier(affinity=affinity, selection=selection, crossover=crossover, **SETTINGS)
+    assert_agrees(rails, data)
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("selection", ["global", "class_balanced"])
+def test_two_layers_of_a_network_agree(data, network, selection, affinity):
+    rails = RAILSClassifier(
+        network, layers=["1", "4"], selection=selection, affinity=affinity, **SETTINGS
+    )
+    assert_agrees(rails, data, maps=[run(network[:2]), run(network)])
+
+
+@pytest.mark.parametrize("selection", ["global", "class_balanced"])
+def test_cells_that_live_in_a_hidden_layer_agree(data, network, selection):
+    rails = RAILSClassifier(
+        network, start_layer="1", layers=["2", "output"], selection=selection, **SETTINGS
+    )
+    assert_agrees(rails, data, start=run(network[:2]), maps=[run(network[2:3]), run(network[2:])])
+
+
+@pytest.mark.parametrize("clip", ["auto", None, (-5.0, 5.0)])
+def test_data_of_any_range_agree(data, clip):
+    X, y, antigens = data
+    scale, shift = np.array([10.0, 1.0, 100.0, 0.1, 3.0, 0.0]), np.arange(6) - 3.0
+    data = X * scale + shift, y, antigens * scale + shift
+    assert_agrees(RAILSClassifier(clip=clip, **SETTINGS | {"tau": 5.0}), data)
+
+
+@pytest.mark.parametrize("clip", [None, (0.2, 0.7)])
+def test_other_bounds_for_data_in_the_unit_interval_agree(data, clip):
+    assert_agrees(RAILSClassifier(clip=clip, **SETTINGS), data)
+
+
+@pytest.mark.parametrize("crossover", ["affinity", "uniform"])
+@pytest.mark.parametrize("selection", ["global", "class_balanced"])
+@pytest.mark.parametrize("tau", [1e-5, 1e-2, 1e3, "scale"])
+def test_any_temperature_agrees(data, tau, selection, crossover):
+    settings = SETTINGS | {"tau": tau}
+    assert_agrees(RAILSClassifier(selection=selection, crossover=crossover, **settings), data)
+
+
+def test_a_class_that_dies_out_agrees(data):
+    X, y, antigens = data
+    X = X * np.where(y == "cat", 0.1, 1.0)[:, None]
+    expected = assert_agrees(
+        RAILSClassifier(**SETTINGS | {"tau": 0.02}), (X, y, 0.8 + 0.2 * antigens)
+    )
+    assert all(row.class_curve[-1, 1] == 0 for (row,) in expected)
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.125])
+@pytest.mark.parametrize("affinity", ["euclidean", "inner_product", minus_manhattan])
+def test_ties_agree(data, affinity, delta):
+    # Eighths make all sums exact, so that rows and cells tie within and across classes.
+    X, y, antigens = (np.round(a * 4) / 4 if a.dtype == float else a for a in data)
+    X = X[:, :2].repeat(3, axis=1)
+    rails = RAILSClassifier(
+        affinity=affinity, delta_min=delta, delta_max=delta, **SETTINGS | {"rho": 0.1}
+    )
+    expected = assert_agrees(rails, (X, y, antigens))
+    tied = [len(set(row.affinities[row.memory])) < len(row.memory) for (row,) in expected]
+    assert any(tied)
+
+
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_mutation_of_nothing_or_everything_agrees(data, rho):
+    assert_agrees(RAILSClassifier(**SETTINGS | {"rho": rho}), data)
+
+
+def test_two_classes_agree(data):
+    X, y, antigens = data
+    assert_agrees(RAILSClassifier(**SETTINGS), (X, np.where(y == "dog", "cat", y), antigens))
+
+
+def test_expansion_alone_agrees(data):
+    assert_agrees(RAILSClassifier(**SETTINGS | {"generations": 0}), data)
+
+
+def test_a_share_that_floats_overestimate_agrees(data):
+    # 0.07 * 100 is 7.000000000000001.
+    settings = SETTINGS | {"population_size": 100, "plasma_fraction": 0.07}
+    assert_agrees(RAILSClassifier(**settings), data)
