@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import ConvNet
 from numpy.testing import assert_allclose, assert_array_equal
-from skorch import NeuralNetClassifier
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from skorch import NeuralNetClassifier
 from torch import nn
 from torch.nn import functional as F
 

@@ -1,0 +1,62 @@
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sklearn_rails.immune.consensus import (
+    class_affinity,
+    count_votes,
+    fittest,
+    n_elite,
+    tie_break,
+    unanimous_class,
+)
+
+
+def test_the_elite_is_the_top_share_and_never_empty():
+    assert n_elite(0.05, 200) == 10
+    assert n_elite(0.05, 201) == 11
+    assert n_elite(0.07, 100) == 7
+    assert n_elite(0.05, 3) == 1
+    assert n_elite(1.0, 3) == 3
+
+
+def test_ties_among_the_fittest_go_by_position():
+    affinity = torch.tensor([[-1.0, -0.5, -1.0, -0.5, -2.0]])
+    assert fittest(affinity, 4).tolist() == [[1, 3, 0, 2]]
+
+
+def test_plasma_is_unanimous_or_not():
+    affinity = torch.tensor([[-1.0, -2.0, -3.0]] * 2)
+    labels = torch.tensor([[1, 1, 2], [0, 2, 2]])
+    assert unanimous_class(affinity, labels, 2).tolist() == [1, -1]
+
+
+def test_votes_are_counted():
+    assert count_votes(torch.tensor([[0, 2, 2], [1, 1, 1]]), 3).tolist() == [[1, 0, 2], [0, 3, 0]]
+
+
+def test_a_class_that_died_out_has_the_affinity_of_its_nearest_neighbour():
+    affinity, labels = torch.tensor([[-1.0, -3.0, -5.0]]), torch.tensor([[0, 0, 2]])
+    flocked = torch.tensor([[[-4.0, -6.0], [-2.0, -7.0], [-4.5, -9.0]]])
+    assert class_affinity(affinity, labels, flocked).tolist() == [[-1.0, -2.0, -4.5]]
+
+
+@settings(deadline=None)
+@given(
+    affinity=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6),
+    tau=st.floats(1e-6, 1e3),
+)
+def test_less_than_half_a_vote_goes_by_affinity(affinity, tau):
+    affinity = torch.tensor([affinity], dtype=torch.float64)
+    term = tie_break(affinity, tau)
+    assert ((term >= 0) & (term <= 0.5)).all()
+    order = np.argsort(affinity[0].numpy(), kind="stable")
+    assert (np.diff(term[0].numpy()[order]) >= 0).all()
+
+
+def test_the_term_does_not_level_off():
+    near = tie_break(torch.tensor([[-1.0, -1000.0]]), 0.1)
+    nearer = tie_break(torch.tensor([[-1.0, -1001.0]]), 0.1)
+    assert near[0, 1] > nearer[0, 1] > 0
+    assert nearer[0, 0] > near[0, 0]

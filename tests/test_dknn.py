@@ -1,0 +1,169 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.base import clone
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from torch import nn
+
+from sklearn_rails import DkNNClassifier
+from sklearn_rails._dknn import split_by_class
+
+# On a line: three a, then b, then three c.
+X_LINE = np.array([[0.0], [1.0], [2.0], [4.0], [8.0], [9.0], [10.0]])
+Y_LINE = np.array(["a", "a", "a", "b", "c", "c", "c"])
+X_CAL = np.array([[0.5], [2.6], [5.0], [9.4]])
+Y_CAL = np.array(["a", "a", "b", "c"])
+
+
+def on_a_line(**params):
+    dknn = DkNNClassifier(n_neighbors=3, calibration=(X_CAL, Y_CAL), **params)
+    return dknn.fit(X_LINE, Y_LINE)
+
+
+def test_p_values_worked_out_by_hand():
+    # Neighbours of the calibration rows and how many are of another class than the row's:
+    #   0.5 (a): 0, 1, 2 -> a a a: 0        2.6 (a): 2, 4, 1 -> a b a: 1
+    #   5.0 (b): 4, 2, 8 -> b a c: 2        9.4 (c): 9, 10, 8 -> c c c: 0
+    # So the calibration nonconformities are 0, 0, 1, 2.
+    # 3.2: 4, 2, 1 -> b a a: nonconformity a 1, b 2, c 3.
+    # 7.0: 8, 9, 10 or 4 (both at 3: the lower index, 4) -> c c b: a 3, b 2, c 1.
+    X = np.array([[3.2], [7.0]])
+    empirical = on_a_line(p_value="empirical")
+    assert_allclose(empirical.p_values(X), [[2 / 4, 1 / 4, 0], [0, 1 / 4, 2 / 4]])
+    assert_allclose(empirical.credibility(X), [0.5, 0.5])
+    assert_allclose(empirical.confidence(X), [0.75, 0.75])
+    conformal = on_a_line()
+    assert_allclose(conformal.p_values(X), [[3 / 5, 2 / 5, 1 / 5], [1 / 5, 2 / 5, 3 / 5]])
+    assert_allclose(conformal.credibility(X), [0.6, 0.6])
+    assert_allclose(conformal.confidence(X), [0.6, 0.6])
+    assert_array_equal(conformal.predict(X), ["a", "c"])
+    assert conformal.n_calibration_ == 4
+
+
+def test_full_agreement_has_the_highest_credibility():
+    # Nonconformity 0 counts: every calibration row conforms no better.
+    assert_allclose(on_a_line(p_value="empirical").credibility([[0.9]]), [1.0])
+
+
+def test_two_layers_add_up_their_votes():
+    class Folded(nn.Module):
+        """The second layer folds the line at 5."""
+
+        def __init__(self):
+            super().__init__()
+            self.straight, self.folded = nn.Identity(), nn.Identity()
+
+        def forward(self, x):
+            return self.folded((self.straight(x) - 5).abs())
+
+    dknn = on_a_line(feature_extractor=Folded(), layers=["straight", "folded"])
+    # 9.2: straight 9, 10, 8 -> c c c; folded |x - 5| = 4.2 among 5, 4, 3, 1, 3, 4, 5:
+    # 4 (index 1, a), 4 (index 5, c), 5 (index 0, a) -> a c a. Votes: a 2, c 4.
+    # Calibration: 0.5 (a): a a a + folded 4.5 among the same: 5 (0), 4 (1), 4 (5) -> a a c: 1.
+    # 2.6 (a): a b a + 2.4: 3 (2), 3 (4), 1 (3) -> a c b: 1 + 2 = 3.
+    # 5.0 (b): b a c + 0: 1 (3), 3 (2), 3 (4) -> b a c: 4.  9.4 (c): c c c + 4.4: 4 4 5 -> a c a: 2.
+    # Nonconformity of 9.2: a 4, b 6, c 2; of 1, 2, 3, 4 at least as much: 1, 0 and 3 rows.
+    assert_allclose(dknn.p_values([[9.2]]), [[2 / 5, 1 / 5, 4 / 5]])
+    assert dknn.predict([[9.2]]) == ["c"]
+
+
+def test_ties_go_by_votes_and_then_by_distance():
+    X = np.array([[0.0], [1.0], [3.0], [4.0]])
+    y = np.array([0, 0, 1, 1])
+    dknn = DkNNClassifier(n_neighbors=4, calibration=(X, y)).fit(X, y)
+    # All four are neighbours: two votes each, one p-value. The nearest decides.
+    p = dknn.p_values([[1.9], [2.1]])
+    assert_array_equal(p[:, 0], p[:, 1])
+    assert_array_equal(dknn.predict([[1.9], [2.1]]), [0, 1])
+
+
+def test_calibrating_against_all_others_by_hand():
+    dknn = DkNNClassifier(n_neighbors=2, calibration="leave-one-out", p_value="empirical")
+    dknn.fit(X_LINE, Y_LINE)
+    # Two nearest others: 0: 1 2 (0). 1: 0 2 (0). 2: 1 and, of 0 and 4 at 2, the first (0).
+    # 4 (b): 2 1 (2). 8: 9 10 (0). 9: 8 10 (0). 10: 9 8 (0). So: 0 six times, and 2.
+    # 2.9: 2 (a), 4 (b) -> a 1, b 1, c 2: one row in seven has at least that.
+    assert_allclose(dknn.p_values([[2.9]]), [[1 / 7, 1 / 7, 1 / 7]])
+    assert dknn.predict([[2.9]]) == ["a"]
+
+
+def test_calibration_rows_are_never_neighbours(digits):
+    X, y = digits
+    dknn = DkNNClassifier(n_neighbors=5, calibration=0.3, random_state=0).fit(X[:300], y[:300])
+    kept, held_out = split_by_class(y[:300], 0.3, 0)
+    assert len(kept) + len(held_out) == 300
+    assert dknn.n_calibration_ == len(held_out)
+    vote = KNeighborsClassifier(5).fit(X[kept], y[:300][kept])
+    shares = vote.predict_proba(X[300:400])
+    # The tie-breaking half vote aside, the shares are those of plain neighbours.
+    assert_array_equal(
+        np.round(dknn.predict_proba(X[300:400]) * 5 - shares * 5), np.zeros_like(shares)
+    )
+
+
+def test_no_class_loses_its_last_row():
+    y = np.array([0] * 30 + [1] * 2 + [2])
+    for share in (0.01, 0.1, 0.5, 0.99):
+        kept, held_out = split_by_class(y, share, 0)
+        assert set(y[kept]) == {0, 1, 2}
+        assert len(held_out) == len(set(held_out)) > 0
+        assert abs((y[held_out] == 0).sum() - np.clip(share * 30, 1, 29)) <= 1
+    with pytest.raises(ValueError, match="calibration=0.1 needs a class with 2 training rows"):
+        DkNNClassifier().fit(np.eye(3), [0, 1, 2])
+
+
+def test_conformal_p_values_hold_on_clean_data(digits):
+    X, y = digits
+    order = np.random.default_rng(0).permutation(len(y))
+    fit, new = order[:1000], order[1000:]
+    dknn = DkNNClassifier(n_neighbors=10, calibration=0.3, random_state=0).fit(X[fit], y[fit])
+    p_true = dknn.p_values(X[new])[np.arange(len(new)), y[new]]
+    for level in (0.05, 0.1, 0.3):
+        spread = np.sqrt(level * (1 - level) * (1 / len(new) + 1 / dknn.n_calibration_))
+        assert (p_true <= level).mean() <= level + 3 * spread
+
+
+@pytest.mark.parametrize("algorithm", ["brute", "kd_tree", "ball_tree", NearestNeighbors()])
+def test_every_algorithm_gives_the_same_votes(digits, algorithm):
+    X, y = digits
+    dknn = DkNNClassifier(n_neighbors=7, random_state=0).fit(X[:200], y[:200])
+    other = clone(dknn).set_params(algorithm=algorithm, n_jobs=2).fit(X[:200], y[:200])
+    assert_allclose(dknn.predict_proba(X[200:300]), other.predict_proba(X[200:300]), rtol=1e-5)
+
+
+def test_pickling_and_cloning(conv_net, digits):
+    X, y = digits
+    dknn = DkNNClassifier(conv_net, layers=["conv1", "conv2"], input_shape=(1, 8, 8))
+    dknn.fit(X[:200], y[:200])
+    loaded = pickle.loads(pickle.dumps(dknn))
+    assert_array_equal(loaded.p_values(X[200:250]), dknn.p_values(X[200:250]))
+    assert clone(dknn).feature_extractor is conv_net
+    tensor = torch.tensor(X[200:250]).reshape(-1, 1, 8, 8)
+    assert_array_equal(dknn.p_values(tensor), dknn.p_values(X[200:250]))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"calibration": 1.5}, "'calibration' parameter"),
+        ({"calibration": (X_CAL,)}, r"calibration must be a pair \(X_cal, y_cal\), got 1 items"),
+        ({"calibration": (X_CAL, ["a", "a", "b", "z"])}, r"classes that y has not: \['z'\]"),
+        ({"calibration": (X_CAL, ["a"])}, r"y_cal has shape \(1,\), but X_cal has 4 rows"),
+        ({"calibration": (np.ones((2, 3)), ["a", "b"])}, "X_cal, y_cal.*3 features"),
+        ({"p_value": "exact"}, "'p_value' parameter"),
+        ({"n_neighbors": 0}, "'n_neighbors' parameter"),
+    ],
+)
+def test_bad_parameters_are_named_and_leave_no_trace(params, message):
+    dknn = on_a_line()
+    expected = dknn.p_values(X_CAL)
+    fitted = dict(vars(dknn))
+    dknn.set_params(**params)
+    with pytest.raises(ValueError, match=message):
+        dknn.fit(X_LINE, Y_LINE)
+    dknn.set_params(calibration=fitted["calibration"], p_value="conformal", n_neighbors=3)
+    assert vars(dknn) == fitted
+    assert_array_equal(dknn.p_values(X_CAL), expected)
