@@ -17,13 +17,9 @@ from ._validation import all_or_nothing, validate_fit_rows, validate_rows
 from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
 from .immune.affinity import paired_affinity
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
-from .immune.flocking import ClassNeighbors, drop_own
-from .immune.maturation import Domain, Schedule, clone_neighbors, mature
+from .immune.flocking import ClassNeighbors, scale_of_affinity
+from .immune.maturation import Schedule, clone_neighbors, find_domain, mature
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
-
-# tau="scale" is this share of how widely the affinities of one row's flocked neighbours spread.
-TAU_SHARE = 0.2
-TAU_ROWS = 256
 
 # Arrays of the populations' size that a generation holds at a time.
 POPULATIONS_HELD = 6
@@ -282,14 +278,14 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self.layers_ = self._features.layers
         self.seed_ = draw_seed(self.random_state)
         self._cells = self._features.start(X)
-        self._domain = _find_domain(self._cells, self.clip)
+        self._domain = find_domain(self._cells, self.clip)
 
         self.neighbors_, self.tau_ = {}, {}
         for layer, features in self._features(X).items():
             neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs)
             self.neighbors_[layer] = neighbors.fit(features, y, n_classes)
             self.tau_[layer] = (
-                _scale_of_affinity(neighbors, features, self.n_neighbors)
+                scale_of_affinity(neighbors, features, self.n_neighbors)
                 if self.tau == "scale"
                 else float(self.tau)
             )
@@ -540,34 +536,3 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             # Plain arrays load where there is no GPU, and joblib can map them from disk.
             state["_cells"] = torch.as_tensor(state["_cells"]).cpu().numpy()
         return state
-
-
-def _find_domain(cells, clip):
-    """Find where cells live: the paper's [0, 1], or each feature's range."""
-    low, high = cells.amin(dim=0), cells.amax(dim=0)
-    in_unit_interval = bool((low >= 0).all() and (high <= 1).all())
-    unit = 1.0 if in_unit_interval else (high - low).cpu().numpy()
-    if clip is None:
-        return Domain(unit, None, None)
-    if not isinstance(clip, str):
-        bounds = np.asarray(clip, dtype=float)
-        if bounds.shape != (2,) or not bounds[0] < bounds[1]:
-            raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")
-        return Domain(unit, *bounds.tolist())
-    if in_unit_interval:
-        return Domain(unit, 0.0, 1.0)
-    return Domain(unit, low.cpu().numpy(), high.cpu().numpy())
-
-
-def _scale_of_affinity(neighbors, features, n_neighbors):
-    """Resolve tau="scale": a share of the spread of affinities within a typical flock."""
-    own = torch.linspace(0, len(features) - 1, min(TAU_ROWS, len(features))).long().unique()
-    own = own.to(features.device)
-    flock = neighbors.kneighbors(features[own], n_neighbors + 1)
-    affinity = drop_own(*flock, own)[0].flatten(1).cpu().numpy().astype(np.float64)
-    affinity[np.isinf(affinity)] = np.nan
-    counted = np.isfinite(affinity).sum(axis=1) > 1
-    spread = np.nanstd(affinity[counted], axis=1)
-    spread = spread[spread > 0]
-    # Where all affinities are alike, selection is a fair draw at any temperature.
-    return TAU_SHARE * float(np.median(spread)) if len(spread) else 1.0

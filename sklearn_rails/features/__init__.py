@@ -2,7 +2,6 @@
 
 from .extractor import (
     NETWORK_CONSTRAINTS,
-    FeatureMap,
     TorchFeatureExtractor,
     feature_map,
     open_parameter,
@@ -11,7 +10,6 @@ from .frozen import FrozenModule, SharesNetwork
 
 __all__ = [
     "NETWORK_CONSTRAINTS",
-    "FeatureMap",
     "FrozenModule",
     "SharesNetwork",
     "TorchFeatureExtractor",

@@ -13,6 +13,10 @@ from .affinity import paired_affinity
 # and win nothing.
 BLOCK_BYTES = 64 * 2**20
 
+# tau="scale" is this share of the spread of a row's flocked neighbours, over so many rows.
+TAU_SHARE = 0.2
+TAU_ROWS = 256
+
 # Candidates beyond k that are compared exactly: rounding in the matrix product rarely moves a
 # neighbour by more places.
 SLACK = 6
@@ -255,3 +259,30 @@ def drop_own(affinity, index, own):
     # False sorts before True, and stably.
     kept = dropped.to(torch.uint8).sort(dim=2, stable=True).indices[..., :-1]
     return affinity.gather(2, kept), index.gather(2, kept)
+
+
+def scale_of_affinity(neighbors, features, n_neighbors):
+    """Resolve tau="scale": a share of the spread of affinities within a typical flock.
+
+    Parameters
+    ----------
+    neighbors : ClassNeighbors
+    features : torch.Tensor of shape (n, n_features)
+        Of the training rows, in their order.
+    n_neighbors : int
+
+    Returns
+    -------
+    float
+        Above 0.
+    """
+    own = torch.linspace(0, len(features) - 1, min(TAU_ROWS, len(features))).long().unique()
+    own = own.to(features.device)
+    flock = neighbors.kneighbors(features[own], n_neighbors + 1)
+    affinity = drop_own(*flock, own)[0].flatten(1).cpu().numpy().astype(np.float64)
+    affinity[np.isinf(affinity)] = np.nan
+    counted = np.isfinite(affinity).sum(axis=1) > 1
+    spread = np.nanstd(affinity[counted], axis=1)
+    spread = spread[spread > 0]
+    # Where all affinities are alike, selection is a fair draw at any temperature.
+    return TAU_SHARE * float(np.median(spread)) if len(spread) else 1.0

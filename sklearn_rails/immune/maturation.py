@@ -50,6 +50,39 @@ class Domain:
         )
 
 
+def find_domain(cells, clip):
+    """Find where cells live: the paper's [0, 1], or each feature's range.
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_features)
+        The training data, in the cells' space.
+    clip : "auto", None or pair of float
+
+    Returns
+    -------
+    Domain
+
+    Raises
+    ------
+    ValueError
+        If ``clip`` is none of these.
+    """
+    low, high = cells.amin(dim=0), cells.amax(dim=0)
+    in_unit_interval = bool((low >= 0).all() and (high <= 1).all())
+    unit = 1.0 if in_unit_interval else (high - low).cpu().numpy()
+    if clip is None:
+        return Domain(unit, None, None)
+    if not isinstance(clip, str):
+        bounds = np.asarray(clip, dtype=float)
+        if bounds.shape != (2,) or not bounds[0] < bounds[1]:
+            raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")
+        return Domain(unit, *bounds.tolist())
+    if in_unit_interval:
+        return Domain(unit, 0.0, 1.0)
+    return Domain(unit, low.cpu().numpy(), high.cpu().numpy())
+
+
 def class_quota(n_cells, n_classes):
     """Share cells among the classes; the first ones get what is left over.
 
