@@ -393,6 +393,11 @@ def test_bad_data_is_named_and_leaves_no_trace(fitted, split):
         with pytest.raises(ValueError, match=message):
             fitted.fit(bad_X, bad_y)
         assert vars(fitted) == before
+    unfitted = clone(fitted).set_params(layers="conv7")
+    before = dict(vars(unfitted))
+    with pytest.raises(ValueError, match="conv7"):
+        unfitted.fit(X, y)
+    assert vars(unfitted) == before
     with pytest.raises(ValueError, match=r"shape \(8, 8\).*fitted on rows of shape \(1, 8, 8\)"):
         fitted.predict(new.reshape(-1, 8, 8))
     with pytest.raises(TypeError, match="feature_extractor must be .* got str"):

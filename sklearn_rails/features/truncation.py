@@ -185,7 +185,7 @@ class TruncatedNetwork:
 
         def record(name, output):
             nonlocal started
-            if name == start and not started:
+            if name == start:
                 started = True
                 return x
             if started and name in missing:

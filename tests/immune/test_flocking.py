@@ -64,6 +64,13 @@ def test_ties_and_duplicates_go_by_index(seed, n, n_features, k, dtype):
     assert_allclose(-affinity, expected_distance, rtol=1e-6)
 
 
+def test_a_border_within_duplicates_goes_by_index():
+    X = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).repeat(100, 1)
+    y = np.tile([0, 1], 100)
+    _, index = ClassNeighbors().fit(X, y, 2).kneighbors(X[:2] + 0.1, 3)
+    assert index.tolist() == [[[0, 2, 4], [1, 3, 5]]] * 2
+
+
 def test_rounding_in_the_matrix_product_misplaces_no_neighbour():
     # Far from the origin, and the neighbours close together: the product alone errs by more than
     # the distances.

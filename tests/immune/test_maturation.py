@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from sklearn_rails._random import generation_uniforms
+from sklearn_rails.immune.consensus import unanimous_class
 from sklearn_rails.immune.maturation import (
     Domain,
     Schedule,
@@ -207,4 +208,6 @@ def test_early_stopping_cuts_the_same_course_short(seed):
         assert_allclose(short.affinity_curve[row, : last + 1], full.affinity_curve[row, : last + 1])
         assert short.affinity_curve[row, last + 1 :].isnan().all()
         assert_allclose(short.class_curve[row, : last + 1].sum(dim=1), 1)
+        if last < 5:
+            assert unanimous_class(short.affinity, short.labels, 3)[row] >= 0
     assert (short.labels.diff(dim=1) >= 0).all()
