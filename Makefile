@@ -14,8 +14,9 @@ $(STAMP): pyproject.toml setup.cfg constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m sklearn_rails.demo
 
+# One torch thread for each of the two workers: together they would crowd two cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -88,9 +88,10 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
 
     Notes
     -----
-    The alarm rate on clean data is at most ``alpha`` if they are like the rows of ``fit``. A
-    network's features of the rows it was trained on are not: fit the scorer on clean rows that the
-    network has not seen, where there are enough of them.
+    The alarm rate on clean data is at most ``alpha`` if they are like the rows of ``fit``, but for
+    one row more or less among the neighbours: a clean row is scored without itself. A network's
+    features of the rows it was trained on are not like others: fit the scorer on clean rows that
+    the network has not seen, where there are enough of them.
 
     References
     ----------

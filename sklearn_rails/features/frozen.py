@@ -202,10 +202,9 @@ class SharesNetwork(BaseEstimator):
         super().__setstate__({**state, **{k: state[k].module for k in bare}})
 
     def __repr__(self, N_CHAR_MAX=700):
-        frozen = {
-            k: _Shown(v) for k, v in self.get_params(deep=False).items() if isinstance(v, nn.Module)
-        }
-        return super(SharesNetwork, self._with(frozen)).__repr__(N_CHAR_MAX)
+        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
+        shown = self._with({k: _Shown(v) for k, v in networks.items()})
+        return super(SharesNetwork, shown).__repr__(N_CHAR_MAX)
 
     def _with(self, params):
         """Make a shallow copy with other values for some parameters."""
@@ -217,8 +216,8 @@ class SharesNetwork(BaseEstimator):
 class _Shown:
     """Print a network by its class alone."""
 
-    def __init__(self, module):
-        self.module = module
+    def __init__(self, network):
+        self.network = network
 
     def __repr__(self):
-        return f"<{type(self.module).__name__}>"
+        return f"<{type(self.network).__name__}>"

@@ -132,6 +132,7 @@ def test_a_fitted_skorch_net_is_a_network(images, digits):
     given = TorchFeatureExtractor(net, layers="fc", input_shape=IMAGE).fit_transform(images)
     module = TorchFeatureExtractor(net.module_, layers="fc", input_shape=IMAGE)
     assert_array_equal(given, module.fit_transform(images))
+    assert "Conv2d" not in repr(TorchFeatureExtractor(net))
     # Inside an estimator it is shared; by itself scikit-learn's clone unfits it.
     extractor = clone(TorchFeatureExtractor(net, layers="fc", input_shape=IMAGE))
     assert extractor.module is net
