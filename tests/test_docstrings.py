@@ -8,10 +8,11 @@ from numpydoc.validate import validate
 import sklearn_rails
 import sklearn_rails.datasets
 import sklearn_rails.immune
+import sklearn_rails.inspection
 
 # GL08 of properties aside, what is not asked for: extended summaries, "See Also" and examples of
 # every method (classes and functions have them), and that a summary be one line alone.
-MODULES = [sklearn_rails, sklearn_rails.datasets, sklearn_rails.immune]
+MODULES = [sklearn_rails, sklearn_rails.datasets, sklearn_rails.immune, sklearn_rails.inspection]
 IGNORED = {"ES01", "SA01", "EX01", "GL01", "GL02", "SA04", "RT02"}
 
 

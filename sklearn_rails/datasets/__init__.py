@@ -1,0 +1,5 @@
+"""Images to try robust classifiers on, as scikit-learn bunches."""
+
+from ._images import fetch_image_benchmark, load_digit_images
+
+__all__ = ["fetch_image_benchmark", "load_digit_images"]

@@ -1,0 +1,300 @@
+"""How single immune responses went, as images."""
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+
+
+class ImmuneResponseDisplay:
+    """Immune responses to a few images, one row each.
+
+    A row has the input, its nearest training example of the predicted class and of the network's
+    class, the fittest plasma cells, and the mean affinity of the population over the generations.
+
+    Use :meth:`from_estimator` to make one. All parameters are stored as attributes.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, height, width) or (n, height, width, 3)
+        The inputs.
+    response : ImmuneResponse
+        The responses to them.
+    layer : str
+        The layer whose neighbours, plasma and affinity are shown.
+    neighbors : ndarray of shape (n, height, width) or (n, height, width, 3)
+        The nearest training examples of the predicted classes.
+    plasma : ndarray of shape (n, n_plasma, height, width) or (n, n_plasma, height, width, 3)
+        The plasma cells to show, the best first.
+    network_labels : ndarray of shape (n,), default=None
+        What the network alone predicts.
+    network_neighbors : ndarray of the shape of ``neighbors``, default=None
+        The nearest training examples of these classes.
+    y : ndarray of shape (n,), default=None
+        The true classes.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure or SubFigure
+        What was drawn on.
+    axes_ : ndarray of matplotlib Axes of shape (n, n_columns)
+        The axes.
+    lines_ : list of matplotlib Line2D
+        The affinity curves.
+
+    See Also
+    --------
+    RAILSClassifier.respond : The responses as arrays.
+    RAILSClassifier.kneighbors : The neighbours of every class.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> from sklearn_rails import RAILSClassifier
+    >>> from sklearn_rails.datasets import load_digit_images
+    >>> from sklearn_rails.inspection import ImmuneResponseDisplay
+    >>> digits = load_digit_images()
+    >>> rails = RAILSClassifier(random_state=0).fit(digits.X_train, digits.y_train)
+    >>> ImmuneResponseDisplay.from_estimator(
+    ...     rails, digits.X_test[:3], X_train=digits.X_train, y=digits.y_test[:3]
+    ... )
+    <...>
+    >>> plt.show()
+    """
+
+    def __init__(
+        self,
+        images,
+        *,
+        response,
+        layer,
+        neighbors,
+        plasma,
+        network_labels=None,
+        network_neighbors=None,
+        y=None,
+    ):
+        self.images = images
+        self.response = response
+        self.layer = layer
+        self.neighbors = neighbors
+        self.plasma = plasma
+        self.network_labels = network_labels
+        self.network_neighbors = network_neighbors
+        self.y = y
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator,
+        X,
+        *,
+        X_train,
+        network_labels=None,
+        y=None,
+        layer=None,
+        n_plasma=3,
+        cmap="gray_r",
+        figure=None,
+    ):
+        """Let a classifier respond to images, and plot the responses.
+
+        Parameters
+        ----------
+        estimator : RAILSClassifier
+            A fitted classifier of images.
+        X : array-like of shape (n, n_features) or (n, *input_shape)
+            The inputs; a handful.
+        X_train : array-like of shape (n_train, n_features) or (n_train, *input_shape)
+            What the classifier was fitted on.
+        network_labels : array-like of shape (n,), default=None
+            What the network alone predicts.
+        y : array-like of shape (n,), default=None
+            The true classes.
+        layer : str, default=None
+            The layer to show. None takes the classifier's first.
+        n_plasma : int, default=3
+            Plasma cells to show for each input.
+        cmap : str or matplotlib Colormap, default="gray_r"
+            Colours of images that have one channel.
+        figure : matplotlib Figure or SubFigure, default=None
+            What to draw on. None makes a new figure.
+
+        Returns
+        -------
+        :class:`~sklearn_rails.inspection.ImmuneResponseDisplay`
+            The display.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        ValueError
+            If rows or cells are not images, the layer is none of the classifier's, ``X_train`` is
+            not what it was fitted on, or labels and inputs do not fit each other.
+        """
+        _check_matplotlib(f"{cls.__name__}.from_estimator")
+        check_is_fitted(estimator)
+        layer = estimator.layers_[0] if layer is None else layer
+        if layer not in estimator.layers_:
+            raise ValueError(f"layer={layer!r} is none of the layers {list(estimator.layers_)}.")
+        if n_plasma > 0 and estimator.start_layer is not None:
+            raise ValueError(
+                f"With start_layer={estimator.start_layer!r} cells are not images; pass n_plasma=0 "
+                "to leave them out."
+            )
+        train_images = _as_images(X_train, estimator.input_shape_)
+        n_train = estimator.neighbors_[layer].n_samples_.sum()
+        if len(train_images) != n_train:
+            raise ValueError(
+                f"X_train has {len(train_images)} rows, but the classifier was fitted on {n_train}."
+            )
+        images = _as_images(X, estimator.input_shape_)
+        if y is not None:
+            y = column_or_1d(y)
+        if network_labels is not None:
+            network_labels = column_or_1d(network_labels)
+        check_consistent_length(images, y, network_labels)
+
+        response = estimator.respond(X)
+        nearest = estimator.kneighbors(X)[1][layer][:, :, 0]
+
+        def nearest_of(labels):
+            known = np.isin(labels, estimator.classes_)
+            if not known.all():
+                raise ValueError(f"network_labels has unknown classes: {set(labels[~known])}.")
+            classes = np.searchsorted(estimator.classes_, labels)
+            return train_images[nearest[np.arange(len(labels)), classes]]
+
+        plasma = response.plasma[layer][:, :n_plasma]
+        shown = cls(
+            images,
+            response=response,
+            layer=layer,
+            neighbors=nearest_of(response.labels),
+            plasma=_as_images(plasma, estimator.input_shape_) if n_plasma > 0 else plasma,
+            network_labels=network_labels,
+            network_neighbors=None if network_labels is None else nearest_of(network_labels),
+            y=y,
+        )
+        return shown.plot(cmap=cmap, figure=figure)
+
+    def plot(self, *, cmap="gray_r", figure=None):
+        """Plot the responses.
+
+        Parameters
+        ----------
+        cmap : str or matplotlib Colormap, default="gray_r"
+            Colours of images that have one channel.
+        figure : matplotlib Figure or SubFigure, default=None
+            What to draw on. None makes a new figure.
+
+        Returns
+        -------
+        :class:`~sklearn_rails.inspection.ImmuneResponseDisplay`
+            The display itself, with what was drawn as attributes.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        """
+        _check_matplotlib(f"{type(self).__name__}.plot")
+        import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
+
+        n_rows, n_plasma = self.plasma.shape[:2]
+        with_network = self.network_labels is not None
+        n_images = 2 + with_network + n_plasma
+        if figure is None:
+            figure = plt.figure(
+                figsize=(1.25 * n_images + 3.6, 1.35 * n_rows + 0.7), layout="constrained"
+            )
+        axes = figure.subplots(
+            n_rows, n_images + 1, squeeze=False, width_ratios=[1] * n_images + [2]
+        )
+        limits = min(0, self.images.min()), max(1, self.images.max())
+
+        def show(ax, image, caption):
+            ax.imshow(image, cmap=cmap, vmin=limits[0], vmax=limits[1])
+            ax.set_xlabel(caption, fontsize="small", labelpad=2)
+
+        self.lines_ = []
+        n_points = 1 + self.response.n_generations[self.layer].max()
+        for row, row_axes in enumerate(axes):
+            *image_axes, curve_ax = row_axes
+            for ax in image_axes:
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_color("0.8")
+            label = self.response.labels[row]
+            input_ax, neighbor_ax, *plasma_axes = image_axes
+            show(input_ax, self.images[row], self._describe(row))
+            show(neighbor_ax, self.neighbors[row], label)
+            if with_network:
+                network_ax, *plasma_axes = plasma_axes
+                if self.network_labels[row] == label:
+                    network_ax.spines[:].set_visible(False)
+                else:
+                    show(network_ax, self.network_neighbors[row], self.network_labels[row])
+            for ax, cell, cell_label in zip(
+                plasma_axes,
+                self.plasma[row],
+                self.response.plasma_labels[self.layer][row],
+                strict=False,
+            ):
+                show(ax, cell, cell_label)
+            curve = self.response.affinity_curve[self.layer][row, :n_points]
+            self.lines_ += curve_ax.plot(curve, marker=".")
+            curve_ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            curve_ax.set_xlim(-0.2, n_points - 0.8)
+            curve_ax.tick_params(labelsize="small")
+            curve_ax.yaxis.tick_right()
+        self._name_columns(axes[0], n_plasma)
+        axes[-1, -1].set_xlabel("generation", fontsize="small")
+        self.figure_, self.axes_ = figure, axes
+        return self
+
+    def _describe(self, row):
+        parts = [] if self.y is None else [f"true {self.y[row]}"]
+        if self.network_labels is not None:
+            parts.append(f"network {self.network_labels[row]}")
+        return "\n".join([", ".join(parts), f"RAILS {self.response.labels[row]}"]).lstrip()
+
+    def _name_columns(self, axes, n_plasma):
+        titles = ["input", "nearest of\nRAILS's class"]
+        if self.network_labels is not None:
+            titles.append("nearest of\nnetwork's class")
+        titles += ["fittest\nplasma cells" if i == n_plasma // 2 else "" for i in range(n_plasma)]
+        titles.append(f"mean affinity\nin {self.layer}")
+        for ax, title in zip(axes, titles, strict=True):
+            ax.set_title(title, fontsize="small")
+
+
+def _check_matplotlib(caller):
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{caller} requires matplotlib. You can install matplotlib with "
+            "`pip install matplotlib`."
+        ) from error
+
+
+def _as_images(X, input_shape):
+    """Give rows as matplotlib takes them: (..., height, width), with 3 colours at the end or none.
+
+    Rows may have leading axes more than one.
+    """
+    if isinstance(X, torch.Tensor):
+        X = X.detach().cpu().numpy()
+    X = np.asarray(X)
+    if len(input_shape) == 3 and input_shape[0] in (1, 3):
+        lead = X.shape[:2] if X.ndim == 5 else X.shape[:1]
+        images = X.reshape(*lead, *input_shape)
+        return images[..., 0, :, :] if input_shape[0] == 1 else np.moveaxis(images, -3, -1)
+    if len(input_shape) == 2:
+        lead = X.shape[:2] if X.ndim == 4 else X.shape[:1]
+        return X.reshape(*lead, *input_shape)
+    raise ValueError(
+        f"Rows of shape {tuple(input_shape)} are not images of one or three channels. Fit the "
+        "classifier on images, or give it input_shape=(channels, height, width)."
+    )

@@ -1,0 +1,168 @@
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+from sklearn_rails import RAILSClassifier
+from sklearn_rails.inspection import ImmuneResponseDisplay
+
+mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    mpl.pyplot.close("all")
+
+
+def make_rails(X, y, **parameters):
+    parameters = {"population_size": 20, "generations": 2, "random_state": 0} | parameters
+    return RAILSClassifier(**parameters).fit(X, y)
+
+
+def images_and_labels(n, shape, classes=("cat", "cow", "dog")):
+    rng = np.random.RandomState(0)
+    y = np.array(classes)[np.arange(n) % len(classes)]
+    return rng.rand(n, *shape).astype(np.float32), y
+
+
+@pytest.fixture
+def grey():
+    X, y = images_and_labels(30, (1, 6, 6))
+    return make_rails(X, y), X, y
+
+
+def shown(ax):
+    return np.asarray(ax.images[0].get_array())
+
+
+def test_one_row_of_pictures_for_each_input(grey):
+    rails, X, y = grey
+    queries = 1 - X[:4]
+    predicted = rails.predict(queries)
+    network_labels = np.where(predicted == "cat", "cow", "cat")
+    display = ImmuneResponseDisplay.from_estimator(
+        rails, queries, X_train=X, y=y[:4], network_labels=network_labels, n_plasma=1
+    )
+    assert display.axes_.shape == (4, 5)
+    assert len(display.lines_) == 4
+    _, indices = rails.kneighbors(queries)
+    response = rails.respond(queries)
+    for row, axes in enumerate(display.axes_):
+        np.testing.assert_array_equal(shown(axes[0]), queries[row, 0])
+        caption = f"true {y[row]}, network {network_labels[row]}\nRAILS {predicted[row]}"
+        assert axes[0].get_xlabel() == caption
+        for ax, label in ((axes[1], predicted[row]), (axes[2], network_labels[row])):
+            nearest = indices["input"][row, rails.classes_.tolist().index(label), 0]
+            np.testing.assert_array_equal(shown(ax), X[nearest, 0])
+            assert y[nearest] == label == ax.get_xlabel()
+        np.testing.assert_array_equal(shown(axes[3]), response.plasma["input"][row, 0, 0])
+        curve = response.affinity_curve["input"][row]
+        drawn = axes[4].lines[0].get_ydata()
+        np.testing.assert_array_equal(drawn, curve[: len(drawn)])
+        assert np.isnan(curve[len(drawn) :]).all()
+
+
+def test_no_second_neighbour_where_the_network_agrees(grey):
+    rails, X, _ = grey
+    display = ImmuneResponseDisplay.from_estimator(
+        rails, X[:3], X_train=X, network_labels=rails.predict(X[:3])
+    )
+    assert not any(ax.images for ax in display.axes_[:, 2])
+    assert "network" in display.axes_[0, 2].get_title()
+
+
+def test_labels_may_be_left_out(grey):
+    rails, X, _ = grey
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, n_plasma=0)
+    assert display.axes_.shape == (2, 3)
+    assert display.axes_[0, 0].get_xlabel() == f"RAILS {display.response.labels[0]}"
+
+
+def test_plot_again_on_a_figure_of_ones_own(grey):
+    rails, X, _ = grey
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+    first = display.figure_
+    whole = mpl.pyplot.figure()
+    part, _ = whole.subfigures(1, 2)
+    assert display.plot(figure=part, cmap="viridis") is display
+    assert display.figure_ is part is not first
+    assert display.axes_[0, 0].images[0].get_cmap().name == "viridis"
+
+
+@pytest.mark.parametrize("as_given", [np.asarray, torch.from_numpy, lambda X: X.reshape(30, -1)])
+def test_colour_images_and_flat_rows_and_tensors(as_given):
+    X, y = images_and_labels(30, (3, 5, 4))
+    rails = make_rails(X.reshape(30, -1), y, input_shape=(3, 5, 4))
+    given = as_given(X)
+    display = ImmuneResponseDisplay.from_estimator(rails, given[:2], X_train=given)
+    np.testing.assert_array_equal(shown(display.axes_[1, 0]), X[1].transpose(1, 2, 0))
+    assert shown(display.axes_[0, -2]).shape == (5, 4, 3)
+
+
+def test_rows_of_pixels_without_channels():
+    X, y = images_and_labels(30, (5, 4))
+    display = ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2], X_train=X)
+    np.testing.assert_array_equal(shown(display.axes_[1, 0]), X[1])
+
+
+def test_the_layer_can_be_chosen():
+    X, y = images_and_labels(30, (1, 6, 6))
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    rails = make_rails(X, y, feature_extractor=network, layers=["0", "2"])
+    first = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+    second = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, layer="2")
+    assert "in 0" in first.axes_[0, -1].get_title()
+    assert "in 2" in second.axes_[0, -1].get_title()
+    assert first.lines_[0].get_ydata()[0] != second.lines_[0].get_ydata()[0]
+    with pytest.raises(ValueError, match=r"layer='1' is none of the layers \['0', '2'\]"):
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, layer="1")
+
+
+def test_cells_of_a_hidden_layer_are_left_out():
+    X, y = images_and_labels(30, (1, 6, 6))
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    rails = make_rails(X, y, feature_extractor=network, layers="2", start_layer="0")
+    with pytest.raises(ValueError, match="pass n_plasma=0"):
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, n_plasma=0)
+    assert display.axes_.shape == (2, 3)
+
+
+def test_other_training_images_are_noticed(grey):
+    rails, X, _ = grey
+    with pytest.raises(ValueError, match="29 rows, but the classifier was fitted on 30"):
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X[1:])
+
+
+def test_labels_that_do_not_fit_are_noticed(grey):
+    rails, X, y = grey
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, y=y)
+    with pytest.raises(ValueError, match=r"network_labels has unknown classes: .*emu"):
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, network_labels=["emu", "cow"])
+
+
+def test_rows_that_are_no_images_say_so():
+    X, y = images_and_labels(30, (36,))
+    with pytest.raises(ValueError, match=r"shape \(36,\) are not images"):
+        ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2], X_train=X)
+
+
+def test_an_unfitted_classifier_says_so():
+    with pytest.raises(NotFittedError):
+        ImmuneResponseDisplay.from_estimator(RAILSClassifier(), None, X_train=None)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(grey, monkeypatch):
+    rails, X, _ = grey
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"Display\.from_estimator requires matplotlib"):
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+    with pytest.raises(ImportError, match=r"Display\.plot requires matplotlib"):
+        display.plot()
