@@ -295,7 +295,7 @@ def main(arguments=None):
         network_labels=network_labels[first],
         y=y_test[first],
     )
-    display.figure_.suptitle(f"RAILS on attacked {options.data} images")
+    display.figure_.suptitle("RAILS on attacked images")
     display.figure_.savefig(options.output / "response.png", dpi=150)
     print(f"\nWritten: {options.output}/summary.json and response.png")
 

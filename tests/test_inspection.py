@@ -116,8 +116,8 @@ def test_the_layer_can_be_chosen():
     rails = make_rails(X, y, feature_extractor=network, layers=["0", "2"])
     first = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
     second = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, layer="2")
-    assert "in 0" in first.axes_[0, -1].get_title()
-    assert "in 2" in second.axes_[0, -1].get_title()
+    assert "layer: 0" in first.axes_[0, -1].get_title()
+    assert "layer: 2" in second.axes_[0, -1].get_title()
     assert first.lines_[0].get_ydata()[0] != second.lines_[0].get_ydata()[0]
     with pytest.raises(ValueError, match=r"layer='1' is none of the layers \['0', '2'\]"):
         ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, layer="1")

@@ -264,7 +264,7 @@ class ImmuneResponseDisplay:
         if self.network_labels is not None:
             titles.append("nearest of\nnetwork's class")
         titles += ["fittest\nplasma cells" if i == n_plasma // 2 else "" for i in range(n_plasma)]
-        titles.append(f"mean affinity\nin {self.layer}")
+        titles.append(f"mean affinity\n(layer: {self.layer})")
         for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, fontsize="small")
 
