@@ -1,12 +1,13 @@
 """The RAILS classifier: the paper's five steps, each one call."""
 
+import functools
+import math
 from dataclasses import replace
 from numbers import Integral, Real
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
-from sklearn import get_config
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
@@ -14,12 +15,30 @@ from tqdm.auto import tqdm
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._random import draw_seed, generation_uniforms
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
-from .immune.affinity import paired_affinity
+from .features import (
+    NETWORK_CONSTRAINTS,
+    SharesNetwork,
+    feature_map,
+    memory_budget,
+    open_parameter,
+)
+from .immune.affinity import affinity_to
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
 from .immune.flocking import ClassNeighbors, scale_of_affinity
-from .immune.maturation import Schedule, clone_neighbors, find_domain, mature
+from .immune.maturation import (
+    Schedule,
+    clone_neighbors,
+    find_domain,
+    join_populations,
+    mature,
+    mutation_steps,
+)
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
+
+# On a CPU populations of so many bytes are bred at a time, to stay in the caches between the
+# operators; and random numbers of so many cells' elements are kept for the next.
+CACHE_BYTES = 2 * 2**20
+CACHED_NUMBERS = 8 * 2**20
 
 # Arrays of the populations' size that a generation holds at a time.
 POPULATIONS_HELD = 6
@@ -98,7 +117,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         Decides on the seed that ``fit`` draws. Predictions are a function of the fitted state and
         the row, however often and in whatever company it is asked for.
     verbose : int, default=0
-        1 shows a progress bar over the rows.
+        1 shows a progress bar over the rows, with the share of their populations that is decided.
 
     Attributes
     ----------
@@ -275,6 +294,8 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             )
         self._features = feature_map(self, self.feature_extractor, self.start_layer)
         self._features.probe(X)
+        for layer in self._features.layers:
+            self._features.choose_layout(layer)
         self.layers_ = self._features.layers
         self.seed_ = draw_seed(self.random_state)
         self._cells = self._features.start(X)
@@ -403,37 +424,53 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         return np.concatenate(self._answer(X, self._score_block))
 
     def _answer(self, X, answer_block):
-        """Answer blocks of rows whose populations fit into the working memory."""
-        bank = self._bank()
-        row_bytes = self.population_size * bank.shape[1] * bank.element_size()
-        budget = get_config()["working_memory"] * 2**20
+        """Answer blocks of rows whose populations fit into memory."""
         n_threads = effective_n_jobs(self.n_jobs)
-        step = max(1, int(budget // (POPULATIONS_HELD * row_bytes * n_threads)))
+        bank = self._bank()
+        row_bytes = POPULATIONS_HELD * self.population_size * bank[0].nbytes
+        step = max(1, int(memory_budget(bank.device) // (row_bytes * n_threads)))
         step = min(step, -(-len(X) // n_threads))
-        blocks = [slice(start, start + step) for start in range(0, len(X), step)]
+        n_decided = 0
         with tqdm(total=len(X), unit="row", disable=not self.verbose) as progress:
 
+            def on_decided(n_populations):
+                nonlocal n_decided
+                n_decided += n_populations
+                share = n_decided / (len(X) * len(self.layers_))
+                progress.set_postfix_str(f"{share:.0%} of populations decided")
+
             def answer(rows):
-                given = answer_block(X[rows])
-                progress.update(len(X[rows]))
+                try:
+                    given = [answer_block(rows, on_decided)]
+                except torch.OutOfMemoryError as error:
+                    if len(rows) == 1:
+                        raise MemoryError(
+                            f"The population of a single row does not fit into the memory of "
+                            f"{bank.device}: {error} Use a smaller population_size, a start_layer "
+                            "with fewer features, or device='cpu'."
+                        ) from error
+                    half = len(rows) // 2
+                    return answer(rows[:half]) + answer(rows[half:])
+                progress.update(len(rows))
                 return given
 
-            return Parallel(n_jobs=self.n_jobs, require="sharedmem")(
-                delayed(answer)(rows) for rows in blocks
+            answers = Parallel(n_jobs=self.n_jobs, require="sharedmem")(
+                delayed(answer)(X[start : start + step]) for start in range(0, len(X), step)
             )
+        return [block for blocks in answers for block in blocks]
 
-    def _score_block(self, X):
+    def _score_block(self, X, on_decided):
         votes, ties = 0, 0
-        for layer, flocked, population in self._mature(X, keep_cells=False):
+        for layer, flocked, population in self._mature(X, on_decided, keep_cells=False):
             layer_votes, layer_ties, _ = self._vote(layer, flocked, population)
             votes, ties = votes + layer_votes, ties + layer_ties
         return self._join_votes(votes, ties)
 
-    def _respond_block(self, X):
+    def _respond_block(self, X, on_decided):
         votes, ties = 0, 0
         by_layer = {name: {} for name in LAYER_FIELDS}
         n_forward = 0
-        for layer, flocked, population in self._mature(X, keep_cells=True):
+        for layer, flocked, population in self._mature(X, on_decided, keep_cells=True):
             layer_votes, layer_ties, ranking = self._vote(layer, flocked, population)
             votes, ties = votes + layer_votes, ties + layer_ties
             n_forward += self.population_size * int((population.n_generations + 1).sum())
@@ -460,57 +497,68 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             **by_layer,
         )
 
-    def _mature(self, X, *, keep_cells):
+    def _mature(self, X, on_decided, *, keep_cells):
         """Flock, expand and optimize, one layer after the other."""
-        n_classes = len(self.classes_)
         schedule = Schedule(
             generations=self.generations,
-            rho=self.rho,
-            delta_min=self.delta_min,
-            delta_max=self.delta_max,
             selection=self.selection,
             crossover=self.crossover,
             n_plasma=n_elite(self.plasma_fraction, self.population_size),
             early_stopping=self.early_stopping,
         )
         bank = self._bank()
+        domain = self._domain.on(bank)
+        step = len(X)
+        if bank.device.type == "cpu":
+            step = max(1, CACHE_BYTES // (self.population_size * bank[0].nbytes))
         for number, (layer, antigens) in enumerate(self._features(X).items()):
             flocked, index = self._flock(antigens, layer)
             parents, labels = clone_neighbors(index, self.population_size)
-            population = mature(
-                bank[parents],
-                labels,
-                measure=self._measure_against(antigens, layer),
-                draw=self._draw_for(number, bank),
-                tau=self.tau_[layer],
-                schedule=schedule,
-                domain=self._domain.on(bank),
-                n_classes=n_classes,
-                keep_cells=keep_cells,
-            )
-            yield layer, flocked, population
+            draw = self._draw_for(number, domain)
+            populations = [
+                mature(
+                    bank[parents[start : start + step]],
+                    labels,
+                    measure=self._measure_against(antigens[start : start + step], layer),
+                    draw=draw,
+                    tau=self.tau_[layer],
+                    schedule=schedule,
+                    domain=domain,
+                    n_classes=len(self.classes_),
+                    keep_cells=keep_cells,
+                    on_decided=on_decided,
+                )
+                for start in range(0, len(X), step)
+            ]
+            yield layer, flocked, join_populations(populations)
 
     def _flock(self, features, layer):
         return self.neighbors_[layer].kneighbors(features, int(self.n_neighbors_.max()))
 
     def _measure_against(self, antigens, layer):
         def measure(cells, rows):
-            n_rows, n_cells, n_features = cells.shape
-            owner = rows.repeat_interleave(n_cells)
-            affinity = cells.new_empty(n_rows * n_cells)
-            flat = cells.reshape(n_rows * n_cells, n_features)
-            for part, features in self._features.iterate_cells(flat, layer):
-                affinity[part] = paired_affinity(self.affinity, features, antigens[owner[part]])
-            return affinity.reshape(n_rows, n_cells)
+            present = antigens.index_select(0, rows)
+            return self._features.compare_cells(
+                cells,
+                layer,
+                lambda features, part: affinity_to(self.affinity, present[part], features),
+            )
 
         return measure
 
-    def _draw_for(self, number, bank):
+    def _draw_for(self, number, domain):
+        bank = self._bank()
+        shape = self.population_size, bank.shape[1]
+
+        # All blocks of rows use the same numbers.
+        @functools.lru_cache(max(1, CACHED_NUMBERS // math.prod(shape)))
         def draw(generation):
-            uniforms = generation_uniforms(
-                self.seed_, number, generation, self.population_size, bank.shape[1]
+            uniforms = generation_uniforms(self.seed_, number, generation, *shape)
+            drawn = {k: u.to(device=bank.device, dtype=bank.dtype) for k, u in uniforms.items()}
+            drawn["steps"] = mutation_steps(
+                drawn.pop("mutate"), self.rho, self.delta_min, self.delta_max, domain.unit
             )
-            return {k: u.to(device=bank.device, dtype=bank.dtype) for k, u in uniforms.items()}
+            return drawn
 
         return draw
 

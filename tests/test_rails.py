@@ -156,7 +156,7 @@ def test_a_rows_answer_depends_on_the_row_alone(exact, order, size, batch_size, 
     rows = order[:size]
     other = copy.copy(rails).set_params(n_jobs=n_jobs)
     other._features = copy.copy(rails._features)
-    other._features._batch_size = batch_size
+    other._features._batch_size, other._features._layouts = batch_size, {}
     assert_allclose(other.decision_function(new[rows]), expected[rows], rtol=1e-9)
 
 
@@ -317,7 +317,9 @@ def test_a_progress_bar_is_shown_when_asked_for(split, capsys):
     rails.predict(split[2])
     assert capsys.readouterr().err == ""
     rails.set_params(verbose=1).predict(split[2])
-    assert "60/60" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "60/60" in shown
+    assert "100% of populations decided" in shown
 
 
 def test_repr_in_a_terminal_and_a_notebook_prints_no_network(fitted):

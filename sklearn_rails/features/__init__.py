@@ -1,5 +1,6 @@
 """Everything that touches a torch module."""
 
+from .device import memory_budget
 from .extractor import (
     NETWORK_CONSTRAINTS,
     TorchFeatureExtractor,
@@ -14,5 +15,6 @@ __all__ = [
     "SharesNetwork",
     "TorchFeatureExtractor",
     "feature_map",
+    "memory_budget",
     "open_parameter",
 ]

@@ -1,34 +1,164 @@
-"""Push rows through a network in micro-batches of one fixed shape."""
+"""Push rows and cells through a network in micro-batches of one fixed shape."""
+
+import time
+from dataclasses import dataclass, replace
 
 import torch
 
-# Images a micro-batch on a CPU, where small batches stay in the caches, and on a GPU, which wants
-# to be filled. Vectors cost little each, so that the call itself weighs more.
-CPU_IMAGES, GPU_IMAGES, VECTORS = 64, 1024, 1024
+# Sizes that are tried: on a CPU small batches stay in the caches, a GPU wants to be filled. Vectors
+# cost little each, so that the call itself weighs more. The first is kept unless another is clearly
+# faster, so that noise does not decide.
+CPU_IMAGES, GPU_IMAGES, VECTORS = (64, 32, 128, 256), (1024, 256, 4096), (1024, 256, 4096)
+CLEARLY = 0.9
+
+# Seconds that one trial may take: larger batches of a large network are not tried.
+TRIAL_SECONDS = 0.1
+
+# Images, and vectors, that go through the network together on a CPU where a single one may be asked
+# for.
+CPU_ROWS = (16, 256)
 
 
-def resolve_batch_size(batch_size, shape, device):
-    """Turn the ``batch_size`` parameter into a number of rows.
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a micro-batch.
+
+    Attributes
+    ----------
+    batch_size : int
+    channels_last : bool
+        Whether images are stored with the channels last.
+    """
+
+    batch_size: int
+    channels_last: bool = False
+
+    def store(self, batch):
+        """Give a batch in the layout's memory format.
+
+        Parameters
+        ----------
+        batch : torch.Tensor of shape (batch_size, ...)
+
+        Returns
+        -------
+        torch.Tensor of shape (batch_size, ...)
+        """
+        if self.channels_last:
+            return batch.contiguous(memory_format=torch.channels_last)
+        return batch
+
+
+def rows_layout(shape, device):
+    """Choose the layout for rows, of which there may be one or many.
 
     Parameters
     ----------
-    batch_size : int or "auto"
     shape : tuple of int
         Shape of one row.
     device : torch.device
 
     Returns
     -------
-    int
+    Layout
     """
-    if batch_size != "auto":
-        return int(batch_size)
-    if len(shape) == 1:
-        return VECTORS
-    return CPU_IMAGES if device.type == "cpu" else GPU_IMAGES
+    if device.type != "cpu":
+        return Layout(GPU_IMAGES[0])
+    return Layout(CPU_ROWS[len(shape) == 1])
 
 
-def iterate_batches(x, batch_size):
+def fastest_layout(run, shape, *, device, dtype):
+    """Try layouts on blank rows and choose by the time that a row takes.
+
+    Parameters
+    ----------
+    run : callable
+        Takes a tensor of shape (batch_size, *shape).
+    shape : tuple of int
+        Shape of one row.
+    device : torch.device
+    dtype : torch.dtype
+
+    Returns
+    -------
+    Layout
+    """
+    is_image = len(shape) == 3
+    sizes = VECTORS if len(shape) == 1 else CPU_IMAGES if device.type == "cpu" else GPU_IMAGES
+    best, best_time = None, None
+    for channels_last in (False, True) if is_image else (False,):
+        for size in sizes:
+            layout = Layout(size, channels_last)
+            batch = layout.store(torch.full((size, *shape), 0.5, device=device, dtype=dtype))
+            try:
+                run(batch[: min(sizes)])
+                first = _time(run, batch[: min(sizes)]) / min(sizes)
+                if best is not None and first * size > TRIAL_SECONDS:
+                    continue
+                seconds = min(_time(run, batch) for _ in range(3)) / size
+            except torch.OutOfMemoryError:
+                continue
+            if best is None or seconds < CLEARLY * best_time:
+                best, best_time = layout, seconds
+    return best or Layout(1)
+
+
+def _time(run, batch):
+    start = time.perf_counter()
+    run(batch)
+    if batch.device.type == "cuda":
+        torch.cuda.synchronize(batch.device)
+    return time.perf_counter() - start
+
+
+def halve_until_it_fits(run, layout):
+    """Run with a layout, and with half its batch size as long as the device's memory is too small.
+
+    Parameters
+    ----------
+    run : callable
+        Takes a layout.
+    layout : Layout
+
+    Returns
+    -------
+    result : object
+        What ``run`` gives.
+    layout : Layout
+        The layout that fitted.
+
+    Raises
+    ------
+    MemoryError
+        If a single row does not fit.
+    """
+    while True:
+        try:
+            return run(layout), layout
+        except torch.OutOfMemoryError as error:
+            if layout.batch_size == 1:
+                raise no_room_for_a_row(error) from error
+            layout = replace(layout, batch_size=layout.batch_size // 2)
+
+
+def no_room_for_a_row(error):
+    """Explain that a device's memory is too small for the network.
+
+    Parameters
+    ----------
+    error : torch.OutOfMemoryError
+
+    Returns
+    -------
+    MemoryError
+    """
+    return MemoryError(
+        "The device's memory is too small for a single row to go through the network: "
+        f"{error} Free memory on the device, use device='cpu', or name an earlier layer."
+    )
+
+
+def iterate_batches(x, layout):
     """Cut rows into micro-batches, the last one filled up with copies of its first row.
 
     A convolution's last bits depend on the shape of its batch, and selection amplifies them: with
@@ -37,7 +167,7 @@ def iterate_batches(x, batch_size):
     Parameters
     ----------
     x : torch.Tensor of shape (n, ...)
-    batch_size : int
+    layout : Layout
 
     Yields
     ------
@@ -46,11 +176,59 @@ def iterate_batches(x, batch_size):
     batch : torch.Tensor of shape (batch_size, ...)
         The rows; only the first ``rows.stop - rows.start`` count.
     """
-    for start in range(0, len(x), batch_size):
-        batch = x[start : start + batch_size]
+    size = layout.batch_size
+    for start in range(0, len(x), size):
+        batch = x[start : start + size]
         n_rows = len(batch)
-        if n_rows < batch_size:
-            batch = torch.cat([batch, batch[:1].expand(batch_size - n_rows, *batch.shape[1:])])
-        if batch.ndim == 4 and batch.device.type == "cpu":
-            batch = batch.contiguous(memory_format=torch.channels_last)
-        yield slice(start, start + n_rows), batch
+        if n_rows < size:
+            batch = torch.cat([batch, batch[:1].expand(size - n_rows, *batch.shape[1:])])
+        yield slice(start, start + n_rows), layout.store(batch)
+
+
+def tile_shape(n_cells, batch_size):
+    """Cut populations so that no micro-batch holds parts of two rows, nor wastes much.
+
+    Parameters
+    ----------
+    n_cells : int
+        Cells of one row.
+    batch_size : int
+        About how many cells a micro-batch is to hold.
+
+    Returns
+    -------
+    n_rows, n_columns : int
+        Rows and cells of each that go through the network together.
+    """
+    if n_cells <= batch_size:
+        return batch_size // n_cells, n_cells
+    return 1, -(-n_cells // round(n_cells / batch_size))
+
+
+def iterate_tiles(cells, batch_size):
+    """Cut populations into tiles of one shape.
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_cells, n_features)
+    batch_size : int
+
+    Yields
+    ------
+    rows, columns : slice
+        Where the tile stands in ``cells``.
+    tile : torch.Tensor of shape (n_rows, n_columns, n_features)
+        The cells, zeros where it reaches beyond the last.
+    """
+    n, n_cells, n_features = cells.shape
+    n_rows, n_columns = tile_shape(n_cells, batch_size)
+    for top in range(0, n, n_rows):
+        for left in range(0, n_cells, n_columns):
+            rows = slice(top, min(top + n_rows, n))
+            columns = slice(left, min(left + n_columns, n_cells))
+            tile = cells[rows, columns]
+            if tile.shape[:2] != (n_rows, n_columns):
+                padded = cells.new_zeros(n_rows, n_columns, n_features)
+                padded[: tile.shape[0], : tile.shape[1]] = tile
+                tile = padded
+            yield rows, columns, tile

@@ -1,14 +1,26 @@
 """The maps f_l from rows to layers' features, as a fitted estimator keeps them."""
 
 import warnings
+import weakref
 
 import numpy as np
 import torch
 
-from .batching import iterate_batches, resolve_batch_size
+from .batching import (
+    Layout,
+    fastest_layout,
+    halve_until_it_fits,
+    iterate_batches,
+    iterate_tiles,
+    no_room_for_a_row,
+    rows_layout,
+)
 from .device import DTYPES, kept_random_state, resolve_device
 from .frozen import freeze
 from .truncation import TruncatedNetwork
+
+# network -> {way through it: layout}: a search over other parameters measures a network once.
+_LAYOUTS = weakref.WeakKeyDictionary()
 
 
 class FeatureMap:
@@ -25,7 +37,7 @@ class FeatureMap:
     device, dtype, batch_size
         As the estimators take them.
     start_layer : str, default=None
-        The layer that :meth:`start` runs to and :meth:`iterate_cells` sets out from.
+        The layer that :meth:`start` runs to and populations live in.
 
     Attributes
     ----------
@@ -47,6 +59,7 @@ class FeatureMap:
         if self.device.type == "mps" and dtype == "float64":
             raise ValueError("dtype='float64' cannot be had on device='mps'; use 'float32'.")
         self._batch_size = batch_size
+        self._layouts = {}
         self.layers = self._network.resolve_layers(layers, "layers")
         self.start_layer = start_layer
         if start_layer is not None:
@@ -89,6 +102,8 @@ class FeatureMap:
                 if self.start_layer is not None:
                     start = self._network(x, (self.start_layer,))[self.start_layer]
                     self.start_shape = tuple(start.shape[1:])
+        except torch.OutOfMemoryError as error:
+            raise no_room_for_a_row(error) from error
         except RuntimeError as error:
             raise ValueError(
                 f"The network does not take rows of shape {self.input_shape} (input_shape sets "
@@ -155,43 +170,97 @@ class FeatureMap:
         output = self._network.output
         return self._collect(X, (output,))[output]
 
-    def iterate_cells(self, cells, layer):
-        """Run cells from the start layer to another, a micro-batch at a time.
+    def compare_cells(self, cells, layer, compare):
+        """Run populations from the start layer to another, and compare what comes out.
 
         Parameters
         ----------
-        cells : torch.Tensor of shape (n, n_start_features)
+        cells : torch.Tensor of shape (n, n_cells, n_start_features)
+        layer : str
+        compare : callable
+            ``compare(features, rows)`` gives (r, c) numbers for the features (r, c,
+            n_layer_features) of cells of the rows ``rows``, a slice of length r.
+
+        Returns
+        -------
+        torch.Tensor of shape (n, n_cells)
+        """
+
+        def run(layout):
+            compared = cells.new_empty(cells.shape[:2])
+            for rows, columns, tile in iterate_tiles(cells, layout.batch_size):
+                batch = layout.store(tile.reshape(-1, *self.start_shape))
+                outputs = self._network(batch, (layer,), self.start_layer)[layer]
+                features = outputs.reshape(*tile.shape[:2], -1)
+                n_rows, n_columns = compared[rows, columns].shape
+                compared[rows, columns] = compare(features[:n_rows, :n_columns], rows)
+            return compared
+
+        layout = self.choose_layout(layer)
+        with torch.no_grad(), kept_random_state(self.device):
+            compared, fitting = halve_until_it_fits(run, layout)
+        if fitting is not layout:
+            self._layouts[self._way(layer)] = fitting
+        return compared
+
+    def choose_layout(self, layer):
+        """Choose the micro-batches of cells on their way to a layer, by a short measurement.
+
+        Parameters
+        ----------
         layer : str
 
-        Yields
-        ------
-        rows : slice
-        features : torch.Tensor of shape (rows.stop - rows.start, n_layer_features)
+        Returns
+        -------
+        Layout
         """
-        for rows, outputs in self._iterate(cells, (layer,), self.start_layer, self.start_shape):
-            yield rows, outputs[layer]
+        way = self._way(layer)
+        if way not in self._layouts:
+            if self._batch_size != "auto":
+                self._layouts[way] = Layout(int(self._batch_size))
+            else:
+                known = {} if self._module is None else _LAYOUTS.setdefault(self._module, {})
+                if way not in known:
+                    known[way] = self._measure_layout(layer)
+                self._layouts[way] = known[way]
+        return self._layouts[way]
+
+    def _way(self, layer):
+        return layer, self.start_layer, self.start_shape, str(self.device), self.dtype
+
+    @torch.no_grad()
+    def _measure_layout(self, layer):
+        with kept_random_state(self.device):
+            return fastest_layout(
+                lambda batch: self._network(batch, (layer,), self.start_layer),
+                self.start_shape,
+                device=self.device,
+                dtype=self.dtype,
+            )
 
     def _collect(self, X, layers):
-        parts = {name: [] for name in layers}
-        for _, outputs in self._iterate(X, layers, None, self.input_shape):
-            for name, output in outputs.items():
-                parts[name].append(output)
-        features = {name: torch.cat(batches) for name, batches in parts.items()}
+        x = self.to_device(X).reshape(len(X), *self.input_shape)
+        if self._batch_size == "auto":
+            layout = rows_layout(self.input_shape, self.device)
+        else:
+            layout = Layout(int(self._batch_size))
+
+        def run(layout):
+            parts = {name: [] for name in layers}
+            for rows, batch in iterate_batches(x, layout):
+                n_rows = rows.stop - rows.start
+                for name, output in self._network(batch, layers).items():
+                    parts[name].append(output[:n_rows].reshape(n_rows, -1))
+            return {name: torch.cat(batches) for name, batches in parts.items()}
+
+        with torch.no_grad(), kept_random_state(self.device):
+            features, _ = halve_until_it_fits(run, layout)
         for name, values in features.items():
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"layers={name!r}: the network gives NaN or infinity for some rows of X."
                 )
         return features
-
-    def _iterate(self, X, layers, start, shape):
-        x = self.to_device(X).reshape(len(X), *shape)
-        batch_size = resolve_batch_size(self._batch_size, shape, self.device)
-        with torch.no_grad(), kept_random_state(self.device):
-            for rows, batch in iterate_batches(x, batch_size):
-                outputs = self._network(batch, layers, start)
-                n_rows = rows.stop - rows.start
-                yield rows, {k: v[:n_rows].reshape(n_rows, -1) for k, v in outputs.items()}
 
     def __getstate__(self):
         state = {k: v for k, v in vars(self).items() if k != "_network"}

@@ -5,12 +5,11 @@ import torch
 from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
-from .affinity import paired_affinity
+from .affinity import CACHE_BYTES, affinity_to
 
-# The block of distances, or of differences, that is held at a time: larger ones leave the caches
-# and win nothing.
+# The block of distances that is held at a time.
 BLOCK_BYTES = 64 * 2**20
 
 # tau="scale" is this share of the spread of a row's flocked neighbours, over so many rows.
@@ -28,7 +27,7 @@ class ClassNeighbors:
     Parameters
     ----------
     affinity : {"euclidean", "cosine", "inner_product"} or callable
-        See :func:`~sklearn_rails.immune.affinity.paired_affinity`.
+        See :func:`~sklearn_rails.immune.affinity.affinity_to`.
     algorithm : {"auto", "brute", "kd_tree", "ball_tree"} or estimator, default="auto"
         ``"auto"`` is an exact matrix product on the features' device. The other names build one
         :class:`sklearn.neighbors.NearestNeighbors` a class, and an estimator with ``kneighbors``
@@ -95,10 +94,7 @@ class ClassNeighbors:
                 )
             template = NearestNeighbors(algorithm=template)
         examples = self._examples.cpu().numpy()
-        return [
-            clone(template).fit(examples[start:stop])
-            for start, stop in zip(self._bounds, self._bounds[1:], strict=False)
-        ]
+        return [clone(template).fit(examples[start:stop]) for _, (start, stop) in self._classes()]
 
     def kneighbors(self, queries, n_neighbors):
         """Find the nearest examples of every class.
@@ -119,62 +115,61 @@ class ClassNeighbors:
         self._move_to(queries.device)
         if self.affinity == "cosine":
             queries = normalize(queries, dim=1)
-        n_classes = len(self.n_samples_)
-        shape = (len(queries), n_classes, n_neighbors)
-        affinity = queries.new_full(shape, -torch.inf)
-        place = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
         if self._indexes is not None:
-            candidates = self._ask_indexes(queries, n_neighbors)
-            self._rank(queries, enumerate(candidates), affinity, place)
+            places = self._ask_indexes(queries, n_neighbors + SLACK)
+            affinity, places = self._rank(queries, places, n_neighbors)
         else:
-            row_bytes = len(self._examples) * queries.element_size()
-            step = max(1, BLOCK_BYTES // row_bytes)
-            for start in range(0, len(queries), step):
-                rows = slice(start, start + step)
-                self._search(queries[rows], affinity[rows], place[rows])
-        index = torch.where(place < 0, place, self._index[place])
-        return affinity, index
+            step = max(1, BLOCK_BYTES // (len(self._examples) * queries.element_size()))
+            blocks = [self._search(block, n_neighbors) for block in queries.split(step)]
+            affinity, places = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        return affinity, torch.where(places < 0, places, self._index[places])
 
-    def _ask_indexes(self, queries, n_neighbors):
+    def _classes(self):
+        return enumerate(zip(self._bounds, self._bounds[1:], strict=False))
+
+    def _ask_indexes(self, queries, n_candidates):
         rows = queries.cpu().numpy()
 
         def ask(index, n_samples):
-            # More than asked for, so that ties at the border go by index.
-            k = min(n_neighbors + SLACK, int(n_samples))
+            k = min(n_candidates, int(n_samples))
             return index.kneighbors(rows, n_neighbors=k, return_distance=False)
 
         found = Parallel(n_jobs=self.n_jobs, require="sharedmem")(
             delayed(ask)(index, n) for index, n in zip(self._indexes, self.n_samples_, strict=True)
         )
-        return [
-            torch.from_numpy(np.sort(places, axis=1) + start).to(queries.device)
-            for places, start in zip(found, self._bounds[:-1], strict=True)
-        ]
+        places = torch.full((len(rows), len(found), n_candidates), -1)
+        for c, (start, _) in self._classes():
+            places[:, c, : found[c].shape[1]] = torch.from_numpy(found[c] + start)
+        return places.to(queries.device)
 
-    def _search(self, queries, affinity, place):
-        """Fill in the neighbours of one block of queries."""
-        n_neighbors = affinity.shape[2]
+    def _search(self, queries, n_neighbors):
+        """Find the neighbours of one block of queries."""
+        n_candidates = n_neighbors + SLACK
         if callable(self.affinity):
-            scores, error = self._all_affinities(queries), None
+            scores, error = self._all_affinities(queries), 0
         else:
             centered = queries - self._center
             # Minus half the squared distance, but for a constant of each query.
             scores = torch.addmm(-self._half_norms, centered, self._examples.T)
-            error = self._rounding_error(centered)
-        candidates, unsure = [], []
-        for start, stop in zip(self._bounds, self._bounds[1:], strict=False):
-            k = min(n_neighbors + SLACK, stop - start)
-            top, places = scores[:, start:stop].topk(k, dim=1)
-            candidates.append(places.sort(dim=1).values + start)
-            if error is not None and k < stop - start:
-                # What was left out may stand above the last that is wanted.
-                unsure.append(top[:, -1] + error >= top[:, n_neighbors - 1] - error)
-            elif k < stop - start:
-                unsure.append(top[:, -1] >= top[:, n_neighbors - 1])
-        self._rank(queries, enumerate(candidates), affinity, place)
-        if unsure:
-            for row in torch.stack(unsure).any(dim=0).nonzero()[:, 0].tolist():
-                self._search_row(queries[row : row + 1], affinity[row], place[row])
+            error = self._rounding_error(centered)[:, None]
+        top, places = [], []
+        for _, (start, stop) in self._classes():
+            k = min(n_candidates, stop - start)
+            values, found = scores[:, start:stop].topk(k, dim=1)
+            found += start
+            if k < n_candidates:
+                values = pad(values, (0, n_candidates - k), value=-torch.inf)
+                found = pad(found, (0, n_candidates - k), value=-1)
+            top.append(values)
+            places.append(found)
+        top, places = torch.stack(top, dim=1), torch.stack(places, dim=1)
+        affinity, ranked = self._rank(queries, places, n_neighbors)
+        # Something that was left out may stand above the last that is wanted.
+        last, wanted = top[..., -1], top[..., n_neighbors - 1]
+        unsure = (last > -torch.inf) & (last + error >= wanted - error)
+        for row in unsure.any(dim=1).nonzero()[:, 0].tolist():
+            affinity[row], ranked[row] = self._search_exactly(queries[row : row + 1], n_neighbors)
+        return affinity, ranked
 
     def _rounding_error(self, centered):
         """Bound what rounding does to a score of the matrix product."""
@@ -183,42 +178,50 @@ class ClassNeighbors:
         # A blocked sum of d terms errs by about sqrt(d) units, not by the d of a plain one.
         return 4 * unit * centered.shape[1] ** 0.5 * (norms + self._largest) * self._largest
 
-    def _search_row(self, query, affinity, place):
-        """Compare one query with every example, exactly."""
-        for c, (start, stop) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
-            places = torch.arange(start, stop, device=query.device)[None]
-            self._rank(query, [(c, places)], affinity[None], place[None])
+    def _search_exactly(self, query, n_neighbors):
+        """Compare one query with every example."""
+        exact = self._all_affinities(query)[0]
+        affinity = exact.new_full((len(self.n_samples_), n_neighbors), -torch.inf)
+        places = torch.full(affinity.shape, -1, device=query.device)
+        for c, (start, stop) in self._classes():
+            best = exact[start:stop].sort(descending=True, stable=True)
+            k = min(n_neighbors, stop - start)
+            affinity[c, :k] = best.values[:k]
+            places[c, :k] = best.indices[:k] + start
+        return affinity, places
 
-    def _rank(self, queries, candidates, affinity, place):
-        """Order candidates by exact affinity, ties by index, and keep the best.
+    def _rank(self, queries, places, n_neighbors):
+        """Order candidates by their exact affinity, ties by index, and keep the best.
 
-        ``candidates`` are pairs of a class and of places, which are sorted by index: a stable
-        sort settles ties.
+        ``places`` is (n, n_classes, n_candidates), -1 where there is none.
         """
-        n_neighbors = affinity.shape[2]
-        for c, places in candidates:
-            exact = self._exact_affinities(queries, places)
-            best = exact.sort(dim=1, descending=True, stable=True).indices[:, :n_neighbors]
-            affinity[:, c, : best.shape[1]] = exact.gather(1, best)
-            place[:, c, : best.shape[1]] = places.gather(1, best)
+        # A stable sort settles ties if the candidates come in the order of their indices.
+        places = places.sort(dim=2).values
+        exact = self._exact_affinities(queries, places.clamp(min=0).flatten(1))
+        exact = exact.reshape(places.shape).masked_fill_(places < 0, -torch.inf)
+        ranking = exact.sort(dim=2, descending=True, stable=True)
+        best = ranking.indices[..., :n_neighbors]
+        return ranking.values[..., :n_neighbors], places.gather(2, best)
 
     def _exact_affinities(self, queries, places):
-        exact = queries.new_empty(places.shape)
-        row_bytes = places.shape[1] * queries.shape[1] * queries.element_size()
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, len(queries), step):
-            rows = slice(start, start + step)
-            exact[rows] = self._compare(queries[rows], self._examples[places[rows]])
+        n, k = places.shape
+        # Whole rows of candidates at a time, or else parts of one.
+        n_examples = max(1, CACHE_BYTES // queries[0].nbytes)
+        n_rows, n_columns = max(1, n_examples // k), min(k, n_examples)
+        exact = queries.new_empty(n, k)
+        for top in range(0, n, n_rows):
+            rows = slice(top, top + n_rows)
+            for left in range(0, k, n_columns):
+                part = places[rows, left : left + n_columns]
+                examples = self._examples.index_select(0, part.flatten())
+                exact[rows, left : left + n_columns] = affinity_to(
+                    self.affinity, queries[rows], examples.reshape(*part.shape, -1)
+                )
         return exact
 
     def _all_affinities(self, queries):
         every = torch.arange(len(self._examples), device=queries.device)
         return self._exact_affinities(queries, every.expand(len(queries), -1))
-
-    def _compare(self, queries, examples):
-        n, k, d = examples.shape
-        pairs = queries[:, None].expand(n, k, d).reshape(n * k, d), examples.reshape(n * k, d)
-        return paired_affinity(self.affinity, *pairs).reshape(n, k)
 
     def _move_to(self, device):
         if self._examples.device != device:

@@ -13,7 +13,7 @@ from sklearn_rails.immune.maturation import (
     clone_neighbors,
     cross_over,
     mature,
-    mutate,
+    mutate_,
     mutation_steps,
     select_parents,
 )
@@ -112,7 +112,7 @@ def test_mutation_keeps_its_rate_and_its_gap(seed, rho, bounds):
     delta_min, delta_max = bounds
     n = 20_000
     u = torch.tensor(np.random.default_rng(seed).random((n, 1)))
-    steps = mutation_steps(u, rho, delta_min, delta_max)
+    steps = mutation_steps(u, rho, delta_min, delta_max, 1.0)
     changed = (u < rho) if delta_min == 0 else steps != 0
     tolerance = 5 * (rho * (1 - rho) / n) ** 0.5 + 5 / n  # the normal law, or the Poisson one
     assert abs(changed.double().mean() - rho) <= tolerance
@@ -137,8 +137,8 @@ def test_operators_keep_shapes_elements_and_bounds(seed, crossover, tau):
     rows = torch.arange(2)[:, None]
     from_first, from_second = cells[rows, first], cells[rows, second]
     assert ((children == from_first) | (children == from_second)).all()
-    steps = mutation_steps(u["mutate"], 0.5, 0.2, 0.9)
-    moved = mutate(children, steps, Domain(1.0, 0.0, 1.0))
+    steps = mutation_steps(u["mutate"], 0.5, 0.2, 0.9, 1.0)
+    moved = mutate_(children.clone(), steps, Domain(1.0, 0.0, 1.0))
     assert ((moved >= 0) & (moved <= 1)).all()
     untouched = (steps == 0).expand_as(moved)
     assert torch.equal(moved[untouched], children[untouched])
@@ -158,33 +158,37 @@ def test_the_fitter_parent_gives_more():
 
 
 def breed(seed, n_rows, *, early_stopping, rows=None):
+    left = []
     cells, _, _ = make_population(seed, n_rows, 24, 5, 3)
     antigens = torch.tensor(np.random.default_rng(seed + 1).random((n_rows, 5)))
     rows = torch.arange(n_rows) if rows is None else rows
     cells, antigens = cells[rows], antigens[rows]
     schedule = Schedule(
         generations=5,
-        rho=0.2,
-        delta_min=0.05,
-        delta_max=0.15,
         selection="global",
         crossover="affinity",
         n_plasma=3,
         early_stopping=early_stopping,
     )
-    return mature(
+
+    def draw(generation):
+        drawn = {k: u.double() for k, u in generation_uniforms(7, 0, generation, 24, 5).items()}
+        return {**drawn, "steps": mutation_steps(drawn["mutate"], 0.2, 0.05, 0.15, 1.0)}
+
+    population = mature(
         cells,
         torch.tensor([0] * 8 + [1] * 8 + [2] * 8),
         measure=lambda c, r: -torch.linalg.vector_norm(c - antigens[r][:, None], dim=2),
-        draw=lambda generation: {
-            k: u.double() for k, u in generation_uniforms(7, 0, generation, 24, 5).items()
-        },
+        draw=draw,
         tau=0.05,
         schedule=schedule,
         domain=Domain(1.0, 0.0, 1.0),
         n_classes=3,
         keep_cells=True,
+        on_decided=left.append,
     )
+    assert sum(left) == len(rows)
+    return population
 
 
 @quick

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
+from sklearn_rails.features.batching import (
+    Layout,
+    fastest_layout,
+    iterate_batches,
+    iterate_tiles,
+    tile_shape,
+)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 40), batch_size=st.integers(1, 50))
+def test_batches_have_one_shape_and_hold_every_row_once(n, batch_size):
+    x = torch.arange(n * 2.0).reshape(n, 2)
+    seen = []
+    for rows, batch in iterate_batches(x, Layout(batch_size)):
+        assert batch.shape == (batch_size, 2)
+        seen.append(batch[: rows.stop - rows.start])
+        assert torch.equal(seen[-1], x[rows])
+    assert torch.equal(torch.cat(seen), x)
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 12),
+    n_cells=st.integers(1, 60),
+    batch_size=st.integers(1, 80),
+)
+def test_tiles_have_one_shape_and_hold_every_cell_once(n, n_cells, batch_size):
+    cells = torch.arange(1.0, n * n_cells + 1).reshape(n, n_cells, 1)
+    seen = torch.zeros(n, n_cells, 1)
+    for rows, columns, tile in iterate_tiles(cells, batch_size):
+        assert tile.shape[:2] == tile_shape(n_cells, batch_size)
+        seen[rows, columns] += tile[: rows.stop - rows.start, : columns.stop - columns.start]
+    assert torch.equal(seen, cells)
+    n_rows, n_columns = tile_shape(n_cells, batch_size)
+    assert n_rows * n_columns <= max(1.5 * batch_size, n_cells if n_cells <= batch_size else 0)
+    if n_cells > batch_size:  # next to nothing of a row's last tile is wasted
+        assert -n_cells % n_columns < round(n_cells / batch_size)
+
+
+def test_the_fastest_layout_is_found():
+    def run(batch):  # a fixed cost each call, so that the largest batch wins
+        torch.linalg.svdvals(torch.ones(150, 150))
+        return batch
+
+    layout = fastest_layout(run, (3,), device=torch.device("cpu"), dtype=torch.float32)
+    assert layout == Layout(4096)
+
+
+class Hungry(torch.nn.Module):
+    """Runs out of memory for more than ``limit`` rows."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x):
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return 2 * x
+
+
+def test_batches_are_halved_until_they_fit(digits):
+    X, y = digits
+    extractor = TorchFeatureExtractor(Hungry(5), batch_size=64)
+    assert torch.equal(extractor.fit_transform(torch.tensor(X[:70])), torch.tensor(2 * X[:70]))
+    params = {"population_size": 30, "generations": 1, "batch_size": 64, "random_state": 0}
+    rails = RAILSClassifier(Hungry(5), **params).fit(X[:200], y[:200])
+    roomy = RAILSClassifier(Hungry(1000), **params).fit(X[:200], y[:200])
+    assert (rails.predict(X[200:240]) == roomy.predict(X[200:240])).all()
+    assert {layout.batch_size for layout in rails._features._layouts.values()} == {4}
+
+
+def test_what_does_not_fit_at_all_is_explained(digits):
+    X, _ = digits
+    with pytest.raises(MemoryError, match=r"single row.*device='cpu'"):
+        TorchFeatureExtractor(Hungry(0), batch_size=64).fit_transform(X[:70])
+
+
+def test_blocks_of_rows_are_halved_until_they_fit(digits, monkeypatch):
+    X, y = digits
+    rails = RAILSClassifier(population_size=30, random_state=0).fit(X[:200], y[:200])
+    expected = rails.predict_proba(X[200:230])
+    plain, sizes = rails._score_block, []
+
+    def hungry(rows, on_decided):
+        sizes.append(len(rows))
+        if len(rows) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(rows, on_decided)
+
+    monkeypatch.setattr(rails, "_score_block", hungry)
+    limit = 8
+    assert (rails.predict_proba(X[200:230]) == expected).all()
+    assert max(sizes) == 30
+    limit = 0
+    with pytest.raises(MemoryError, match="population_size"):
+        rails.predict(X[200:203])
