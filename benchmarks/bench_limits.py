@@ -1,0 +1,308 @@
+"""How close to the limits the engine runs: ``python benchmarks/bench_limits.py``.
+
+Every line is a ratio measured in one run, with the limit it is held to; the exit status is not zero
+if one falls short. Timings take the median of pairs. ``--only overhead neighbours`` picks parts,
+``--repeat`` sets the number of pairs.
+"""
+
+import argparse
+import functools
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import sklearn
+import torch
+from networks import load_data, load_network
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from sklearn_rails import RAILSClassifier
+from sklearn_rails._random import generation_uniforms
+from sklearn_rails.demo import SmallCNN, pgd
+from sklearn_rails.immune.flocking import ClassNeighbors
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import literal  # the slow loop that the tests hold the engine to
+
+SEED = 0
+
+
+def time_pairs(first, second, repeat):
+    """Run two functions in turn and give the median times and the median of the ratios."""
+    first(), second()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        first()
+        middle = time.perf_counter()
+        second()
+        times.append((middle - start, time.perf_counter() - middle))
+    ratios = [a / b for a, b in times]
+    a, b = (statistics.median(column) for column in zip(*times, strict=True))
+    return a, b, statistics.median(ratios)
+
+
+def make_images(n, shape):
+    rng = np.random.default_rng(SEED)
+    return rng.random((n, *shape), dtype=np.float32), rng.integers(10, size=n)
+
+
+def bench_overhead(repeat):
+    """Predict, against the bare truncated forward passes of as many images."""
+    cases = []
+    for width in (16, 64):
+        for layer in ("conv2", "conv3"):
+            n_rows = 32 if width == 16 else 8
+            cases.append((SmallCNN((1, 28, 28), width=width), layer, (1, 28, 28), n_rows, 1.10))
+    mlp = nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    cases.append((mlp, "2", (64,), 200, 2.0))
+    for network, layer, shape, n_rows, limit in cases:
+        X, y = make_images(2_000, shape)
+        rails = RAILSClassifier(
+            network.eval(), layers=layer, generations=3, early_stopping=False, random_state=SEED
+        ).fit(X, y)
+        n_images = n_rows * rails.population_size * (rails.generations + 1)
+        bare, batch_size = best_forward(rails._features._network, layer, shape, n_images)
+        predict = functools.partial(rails.predict, X[:n_rows])
+        seconds, least, ratio = time_pairs(predict, bare, repeat)
+        name = f"{type(network).__name__} {getattr(network, 'width', '')}".strip()
+        yield (
+            f"predict / bare forward, {name} {layer}, {n_rows} rows, {n_images:,} images",
+            ratio,
+            "<=",
+            limit,
+            f"{1e6 * seconds / n_images:.2f} / {1e6 * least / n_images:.2f} us an image, bare in "
+            f"batches of {batch_size}",
+        )
+
+
+@torch.no_grad()
+def best_forward(network, layer, shape, n_images):
+    """Find the batch size and memory format at which the bare network is fastest."""
+    formats = (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 3)]
+    candidates = []
+    for size in (32, 64, 128, 256) if len(shape) == 3 else (256, 1024, 4096, 16384):
+        for memory_format in formats:
+            batch = torch.rand(size, *shape).contiguous(memory_format=memory_format)
+
+            def run(batch=batch, n=n_images):
+                with torch.no_grad():
+                    for _ in range(-(-n // len(batch))):
+                        network(batch, (layer,))
+
+            run(n=1)
+            start = time.perf_counter()
+            run(n=min(n_images, 4 * size))
+            n_run = -(-min(n_images, 4 * size) // size) * size
+            candidates.append(((time.perf_counter() - start) / n_run, size, run))
+    _, size, run = min(candidates, key=lambda candidate: candidate[0])
+    return run, size
+
+
+def bench_neighbours(repeat):
+    """Exact neighbours of every class, against one faiss IndexFlatL2 a class."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    rng = np.random.default_rng(SEED)
+    n, n_classes, k = 20_000, 10, 10
+    y = rng.integers(n_classes, size=n)
+    for d in (64, 512, 6272):
+        X = rng.normal(size=(n, d)).astype(np.float32)
+        neighbors = ClassNeighbors().fit(torch.from_numpy(X), y, n_classes)
+        indexes = []
+        for c in range(n_classes):
+            index = faiss.IndexFlatL2(d)
+            index.add(X[y == c])
+            indexes.append(index)
+        for n_queries in (1, 100):
+            Q = rng.normal(size=(n_queries, d)).astype(np.float32)
+            queries = torch.from_numpy(Q)
+            ours, theirs, ratio = time_pairs(
+                lambda queries=queries, neighbors=neighbors: neighbors.kneighbors(queries, k),
+                lambda Q=Q, indexes=indexes: [index.search(Q, k) for index in indexes],
+                5 * repeat,
+            )
+            yield (
+                f"neighbours / faiss, d = {d}, {n_queries} queries, {n:,} rows",
+                ratio,
+                "<=",
+                1.2,
+                f"{1e3 * ours / n_queries:.3f} / {1e3 * theirs / n_queries:.3f} ms a query",
+            )
+
+
+def bench_loops(repeat):
+    """A literal loop over rows, cells and elements, and a loop over rows in torch."""
+    X, y = make_images(500, (64,))
+    network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).double()
+    X = X.astype(np.float64)
+    settings = {"population_size": 100, "generations": 3}
+    rails = RAILSClassifier(
+        network, early_stopping=False, dtype="float64", random_state=SEED, **settings
+    ).fit(X, y)
+    start = time.perf_counter()
+    run_literally(rails, network, X, y, X[0] / 2)
+    literally = time.perf_counter() - start
+    rows = X[:100] / 2
+    rails.predict(rows)
+    start = time.perf_counter()
+    rails.predict(rows)
+    engine = (time.perf_counter() - start) / len(rows)
+    yield (
+        "literal loop / engine, 64-128-64 network, T = 100, G = 3, float64",
+        literally / engine,
+        ">=",
+        50,
+        f"{1e3 * literally:.0f} / {1e3 * engine:.2f} ms a row",
+    )
+    engine, loop, ratio = time_pairs(
+        lambda: rails.predict(rows), lambda: [rails.predict(row[None]) for row in rows], repeat
+    )
+    yield (
+        "one row at a time / all at once, the same",
+        1 / ratio,
+        "",
+        None,
+        f"{1e3 * loop / len(rows):.2f} / {1e3 * engine / len(rows):.2f} ms a row",
+    )
+
+
+def run_literally(rails, network, X, y, x):
+    @torch.no_grad()
+    def features(rows):
+        return network(torch.from_numpy(rows)).numpy()
+
+    def draws(generation):
+        drawn = generation_uniforms(rails.seed_, 0, generation, rails.population_size, X.shape[1])
+        return {name: numbers.double().numpy() for name, numbers in drawn.items()}
+
+    return literal.respond_in_layer(
+        X,
+        features(X),
+        y,
+        10,
+        features(x[None])[0],
+        lambda cell: features(cell[None])[0],
+        k=rails.n_neighbors,
+        T=rails.population_size,
+        G=rails.generations,
+        tau=rails.tau_["output"],
+        rho=rails.rho,
+        delta_min=rails.delta_min,
+        delta_max=rails.delta_max,
+        draws=draws,
+    )
+
+
+def bench_passes(repeat, data_home, n_rows=300):
+    """Forward passes of the default settings, against 11,000 of T = 1000 and G = 10."""
+    for name in ("digits", "mnist", "svhn"):
+        layer = "conv2" if name != "svhn" else "sum1"
+        eps, step, n_steps = (60 / 255, 20 / 255, 20) if name != "svhn" else (8 / 255, 2 / 255, 10)
+        data = load_data(name, data_home)
+        network = load_network(name, data_home)
+        X, X_val, y, y_val = train_test_split(
+            data.X_train[-10_000:], data.y_train[-10_000:], test_size=n_rows, random_state=SEED
+        )
+        fitted = SimpleNamespace(module_=network, classes_=range(10))
+        attacked = pgd(fitted, X_val, y_val, eps=eps, step=step, max_iter=n_steps)
+        rails = RAILSClassifier(network, layers=layer, random_state=SEED).fit(X, y)
+        fixed = RAILSClassifier(network, layers=layer, early_stopping=False, random_state=SEED).fit(
+            X, y
+        )
+        for kind, rows in (("clean", X_val), ("attacked", attacked)):
+            response = rails.respond(rows)
+            yield (
+                f"forward passes / 11,000, {name} {layer}, {kind}, {n_rows} validation rows",
+                response.n_forward / n_rows / 11_000,
+                "<=",
+                1 / 20,
+                f"{response.n_forward / n_rows:.0f} a row, accuracy "
+                f"{np.mean(response.labels == y_val):.1%}",
+            )
+            full = fixed.predict(rows)
+            yield (
+                f"labels as without early stopping, {name} {layer}, {kind}",
+                np.mean(full == response.labels),
+                ">=",
+                0.995,
+                f"accuracy without {np.mean(full == y_val):.1%}",
+            )
+
+
+def bench_memory(repeat):
+    """Peak memory of predicting 10 times as many rows, but for inputs and outputs."""
+    peaks = {}
+    for n_rows in (400, 4_000):
+        run = subprocess.run(
+            [sys.executable, __file__, "--measure-memory", str(n_rows)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks[n_rows] = float(run.stdout)
+    yield (
+        "peak memory of 4,000 rows / 400 rows, digits, T = 200, working_memory 64 MiB",
+        peaks[4_000] / peaks[400],
+        "<=",
+        1.05,
+        f"{peaks[4_000]:.0f} / {peaks[400]:.0f} MiB",
+    )
+
+
+def measure_memory(n_rows):
+    X, y = make_images(2_000, (64,))
+    rails = RAILSClassifier(early_stopping=False, generations=2, random_state=SEED).fit(X, y)
+    with sklearn.config_context(working_memory=64):
+        rails.predict(np.resize(X, (n_rows, 64)))
+    # The peak of this process alone; getrusage has that of the parent too.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(int(peak) / 1024)
+
+
+PARTS = {
+    "overhead": bench_overhead,
+    "neighbours": bench_neighbours,
+    "loops": bench_loops,
+    "passes": bench_passes,
+    "memory": bench_memory,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--data-home", help="folder of mnist.npz and svhn_subset.npz")
+    parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure_memory:
+        return measure_memory(options.measure_memory)
+    print(
+        f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, numpy {np.__version__}, "
+        f"{torch.get_num_threads()} thread(s), {platform.machine()}\n"
+    )
+    short = 0
+    for part in options.only:
+        more = {"data_home": options.data_home} if part == "passes" else {}
+        for what, value, sign, limit, details in PARTS[part](options.repeat, **more):
+            met = {"<=": lambda v, m: v <= m, ">=": lambda v, m: v >= m, "": lambda v, m: True}
+            verdict = "" if not sign else "ok" if met[sign](value, limit) else "SHORT"
+            short += verdict == "SHORT"
+            bound = f"{sign} {limit:g}" if sign else ""
+            print(f"{verdict:<5} {value:8.3f} {bound:<8} {what} ({details})", flush=True)
+    return short > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
