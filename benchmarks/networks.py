@@ -8,6 +8,7 @@ most of an hour (CIFAR-10) on one core.
 import argparse
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 
 from sklearn_rails.datasets import fetch_image_benchmark, load_digit_images
-from sklearn_rails.demo import SmallCNN
+from sklearn_rails.demo import SmallCNN, pgd
 
 CACHE = Path(os.environ.get("SKLEARN_RAILS_CACHE", Path.home() / ".cache" / "sklearn_rails"))
 
@@ -64,13 +65,22 @@ class Augmented(NeuralNetClassifier):
         )
 
 
-# Network, training rows, epochs, largest learning rate, kind of training.
+# The attack of the paper on each data set: radius, step, number of steps.
+ATTACKS = {
+    "digits": (60 / 255, 20 / 255, 20),
+    "mnist": (60 / 255, 20 / 255, 20),
+    "svhn": (8 / 255, 2 / 255, 10),
+    "cifar10": (8 / 255, 2 / 255, 10),
+}
+
+# Network, training rows (the others are left for validation), epochs, largest learning rate, kind
+# of training.
 RECIPES = {
-    "digits": (lambda: SmallCNN((1, 8, 8)), 1_347, 30, 2e-3, NeuralNetClassifier),
+    "digits": (lambda: SmallCNN((1, 8, 8)), 1_000, 30, 2e-3, NeuralNetClassifier),
     "mnist": (lambda: SmallCNN((1, 28, 28)), 50_000, 2, 2e-3, NeuralNetClassifier),
     "mnist_wide": (lambda: SmallCNN((1, 28, 28), width=64), 20_000, 1, 2e-3, NeuralNetClassifier),
-    "svhn": (lambda: ResNet9(), 5_694, 12, 5e-3, NeuralNetClassifier),
-    "cifar10": (lambda: ResNet9(), 50_000, 5, 5e-3, Augmented),
+    "svhn": (lambda: ResNet9(), 5_000, 12, 5e-3, NeuralNetClassifier),
+    "cifar10": (lambda: ResNet9(), 45_000, 5, 5e-3, Augmented),
 }
 
 
@@ -82,12 +92,23 @@ def load_data(name, data_home=None):
     return fetch_image_benchmark(data_set, data_home)
 
 
-def load_network(name, data_home=None):
-    """Load a trained network, or train and keep it.
+def split_rows(name, data, n_validation, n_train=10_000):
+    """Give training rows that the network knows, and validation rows that it does not."""
+    n_rows = RECIPES[name][1]
+    X_train, y_train = data.X_train[:n_rows][:n_train], data.y_train[:n_rows][:n_train]
+    validation = slice(n_rows, n_rows + n_validation)
+    return X_train, y_train, data.X_train[validation], data.y_train[validation]
 
-    The last rows of the training data are left for validation where the recipe takes fewer than
-    there are.
-    """
+
+def attack(name, network, X, y):
+    """Attack a network with the paper's settings for a data set."""
+    eps, step, max_iter = ATTACKS[name]
+    fitted = SimpleNamespace(module_=network, classes_=range(10))
+    return pgd(fitted, X, y, eps=eps, step=step, max_iter=max_iter)
+
+
+def load_network(name, data_home=None):
+    """Load a trained network, or train and keep it."""
     make, n_rows, n_epochs, lr, trainer = RECIPES[name]
     path = CACHE / f"{name}.pt"
     torch.manual_seed(0)

@@ -288,11 +288,6 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
 
-    @property
-    def device_(self):
-        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
-        return self._features.device
-
     def _vote(self, X, own=None):
         """Count the neighbours of each class, and say how close the nearest of them is.
 

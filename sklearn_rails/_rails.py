@@ -414,11 +414,6 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             return response
         return replace(response, threat=-self.threat_scorer_.score_samples(X))
 
-    @property
-    def device_(self):
-        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
-        return self._features.device
-
     def _decide(self, X):
         X = validate_rows(self, X)
         return np.concatenate(self._answer(X, self._score_block))

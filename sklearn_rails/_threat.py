@@ -274,11 +274,6 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         """
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    @property
-    def device_(self):
-        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
-        return self._features.device
-
     def _check_methods(self):
         methods = (self.method,) if isinstance(self.method, str) else tuple(self.method)
         unknown = [m for m in methods if m not in SENSORS]

@@ -124,7 +124,6 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, S
         features = feature_map(self, self.module)
         self._n_features_out = sum(f.shape[1] for f in features.probe(X).values())
         self.layers_ = features.layers
-        self.device_ = features.device
         self._features = features
         return self
 

@@ -179,8 +179,13 @@ def _is_skorch_net(value):
 class SharesNetwork(BaseEstimator):
     """Clone, pickle and print an estimator without copying or printing a bare network.
 
-    Holds nothing else: what estimators have in common beyond this stands in functions.
+    Holds little else: what estimators have in common beyond this stands in functions.
     """
+
+    @property
+    def device_(self):
+        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
+        return self._features.device
 
     def __sklearn_clone__(self):
         networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}

@@ -1,0 +1,137 @@
+"""What accuracy costs: ``python benchmarks/bench_passes.py mnist svhn --rows 300``.
+
+Compares settings of RAILS on the same validation rows, clean and attacked, with the fixed schedule
+of the authors' settings (T = 1000, G = 10). Writes one CSV a data set into benchmarks/results/ and
+draws the Pareto curve, robust accuracy against forward passes, into docs/images/.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from networks import attack, load_data, load_network, split_rows
+
+from sklearn_rails import RAILSClassifier, __version__
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LAYERS = {"digits": "conv2", "mnist": "conv2", "svhn": "sum1", "cifar10": "sum1"}
+SIZES = (50, 100, 150, 200, 400)
+GENERATIONS = (0, 1, 2, 3, 5, 10)
+FIELDS = (
+    "data",
+    "layer",
+    "population_size",
+    "generations",
+    "early_stopping",
+    "n_rows",
+    "clean_accuracy",
+    "robust_accuracy",
+    "forward_passes",
+    "labels_as_fixed",
+    "version",
+    "torch",
+)
+
+
+def settings():
+    """Give the authors' schedule, and then ours with and without early stopping."""
+    yield {"population_size": 1000, "generations": 10, "early_stopping": False}
+    for size in SIZES:
+        yield {"population_size": size, "generations": 10, "early_stopping": True}
+    for generations in GENERATIONS:
+        yield {"population_size": 100, "generations": generations, "early_stopping": False}
+
+
+def compare(name, n_rows, data_home):
+    """Measure every setting on the same rows."""
+    data = load_data(name, data_home)
+    network = load_network(name, data_home)
+    X, y, X_val, y_val = split_rows(name, data, n_rows)
+    X_attacked = attack(name, network, X_val, y_val)
+    fixed = None
+    for setting in settings():
+        rails = RAILSClassifier(network, layers=LAYERS[name], random_state=0, **setting).fit(X, y)
+        clean, attacked = rails.respond(X_val), rails.respond(X_attacked)
+        labels = np.concatenate([clean.labels, attacked.labels])
+        fixed = labels if fixed is None else fixed
+        row = {
+            "data": data.name,
+            "layer": LAYERS[name],
+            **setting,
+            "n_rows": len(X_val),
+            "clean_accuracy": round(np.mean(clean.labels == y_val), 4),
+            "robust_accuracy": round(np.mean(attacked.labels == y_val), 4),
+            "forward_passes": round((clean.n_forward + attacked.n_forward) / len(labels), 1),
+            "labels_as_fixed": round(np.mean(labels == fixed), 4),
+            "version": __version__,
+            "torch": torch.__version__,
+        }
+        print(", ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        yield row
+
+
+def plot():
+    """Draw the curves of all results that there are."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    paths = sorted(RESULTS.glob("passes_*.csv"))
+    fig, axes = plt.subplots(
+        1, len(paths), figsize=(4 * len(paths), 4), layout="constrained", squeeze=False
+    )
+    for ax, path in zip(axes[0], paths, strict=True):
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        curves = {
+            "True": ("population_size", "G = 10, early stopping; T"),
+            "False": ("generations", "T = 100; G"),
+        }
+        for early_stopping, (varied, label) in curves.items():
+            chosen = [row for row in rows[1:] if row["early_stopping"] == early_stopping]
+            ax.plot(
+                [float(row["forward_passes"]) for row in chosen],
+                [float(row["robust_accuracy"]) for row in chosen],
+                marker="o",
+                label=f"{label} = {', '.join(row[varied] for row in chosen)}",
+            )
+        fixed = float(rows[0]["robust_accuracy"])
+        ax.plot(11_000, fixed, "k*", label="T = 1000, G = 10")
+        ax.axhline(fixed, color="0.8", zorder=0)
+        ax.set(
+            xscale="log",
+            xlabel="forward passes a row",
+            title=f"{rows[0]['data'].split(' (')[0]}, {rows[0]['layer']}, {rows[0]['n_rows']} rows",
+        )
+    axes[0, 0].set_ylabel("robust accuracy")
+    # The curves are the same on all data sets.
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize="small"
+    )
+    (ROOT / "docs" / "images").mkdir(exist_ok=True)
+    fig.savefig(ROOT / "docs" / "images" / "passes.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", choices=[*LAYERS, []], help="data sets; none: plot only"
+    )
+    parser.add_argument("--rows", type=int, default=300, help="validation rows")
+    parser.add_argument("--data-home")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for name in options.names:
+        rows = list(compare(name, options.rows, options.data_home))
+        with (RESULTS / f"passes_{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+    plot()
+
+
+if __name__ == "__main__":
+    main()
