@@ -24,6 +24,7 @@ from torch import nn
 from sklearn_rails import RAILSClassifier
 from sklearn_rails._random import generation_uniforms
 from sklearn_rails.demo import SmallCNN
+from sklearn_rails.features.batching import Layout
 from sklearn_rails.immune.flocking import ClassNeighbors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -86,11 +87,10 @@ def bench_overhead(repeat):
 @torch.no_grad()
 def best_forward(network, layer, shape, n_images):
     """Find the batch size and memory format at which the bare network is fastest."""
-    formats = (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 3)]
     candidates = []
     for size in (32, 64, 128, 256) if len(shape) == 3 else (256, 1024, 4096, 16384):
-        for memory_format in formats:
-            batch = torch.rand(size, *shape).contiguous(memory_format=memory_format)
+        for channels_last in (False, True)[: 1 + (len(shape) == 3)]:
+            batch = Layout(size, channels_last).store(torch.rand(size, *shape))
 
             def run(batch=batch, n=n_images):
                 with torch.no_grad():

@@ -295,9 +295,10 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self._features = feature_map(self, self.feature_extractor, self.start_layer)
         self._features.probe(X)
         for layer in self._features.layers:
-            self._features.choose_layout(layer)
+            self._features.choose_layout(layer, **self._comparison())
         self.layers_ = self._features.layers
         self.seed_ = draw_seed(self.random_state)
+        self._draws = {}
         self._cells = self._features.start(X)
         self._domain = find_domain(self._cells, self.clip)
 
@@ -530,32 +531,38 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
     def _flock(self, features, layer):
         return self.neighbors_[layer].kneighbors(features, int(self.n_neighbors_.max()))
 
+    def _comparison(self):
+        return {
+            "compare": functools.partial(affinity_to, self.affinity),
+            "any_order": not callable(self.affinity),
+        }
+
     def _measure_against(self, antigens, layer):
         def measure(cells, rows):
             present = antigens.index_select(0, rows)
-            return self._features.compare_cells(
-                cells,
-                layer,
-                lambda features, part: affinity_to(self.affinity, present[part], features),
-            )
+            return self._features.compare_cells(cells, layer, present, **self._comparison())
 
         return measure
 
     def _draw_for(self, number, domain):
         bank = self._bank()
         shape = self.population_size, bank.shape[1]
+        mutation = self.rho, self.delta_min, self.delta_max
+        key = number, shape, mutation, bank.device
 
-        # All blocks of rows use the same numbers.
+        # All rows of all calls use the same numbers.
         @functools.lru_cache(max(1, CACHED_NUMBERS // math.prod(shape)))
         def draw(generation):
             uniforms = generation_uniforms(self.seed_, number, generation, *shape)
             drawn = {k: u.to(device=bank.device, dtype=bank.dtype) for k, u in uniforms.items()}
-            drawn["steps"] = mutation_steps(
-                drawn.pop("mutate"), self.rho, self.delta_min, self.delta_max, domain.unit
-            )
+            drawn["steps"] = mutation_steps(drawn.pop("mutate"), *mutation, domain.unit)
             return drawn
 
-        return draw
+        # In place, since predicting must not change an estimator's attributes.
+        for other in list(self._draws):
+            if other[1:] != key[1:]:
+                self._draws.pop(other, None)
+        return self._draws.setdefault(key, draw)
 
     def _bank(self):
         """Give the cells that populations are cloned from, on the device."""
@@ -578,4 +585,5 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         if "_cells" in state:
             # Plain arrays load where there is no GPU, and joblib can map them from disk.
             state["_cells"] = torch.as_tensor(state["_cells"]).cpu().numpy()
+            state["_draws"] = {}
         return state

@@ -1,18 +1,20 @@
 """Push rows and cells through a network in micro-batches of one fixed shape."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
 # Sizes that are tried: on a CPU small batches stay in the caches, a GPU wants to be filled. Vectors
-# cost little each, so that the call itself weighs more. The first is kept unless another is clearly
-# faster, so that noise does not decide.
+# cost little each, so that the call itself weighs more.
 CPU_IMAGES, GPU_IMAGES, VECTORS = (64, 32, 128, 256), (1024, 256, 4096), (1024, 256, 4096)
-CLEARLY = 0.9
 
-# Seconds that one trial may take: larger batches of a large network are not tried.
-TRIAL_SECONDS = 0.1
+# Another layout than the first is chosen if it takes less than this share of the time, in the best
+# of so many trials, each of as many rows as can be had in so many seconds.
+CLEARLY = 0.97
+N_TRIALS = 4
+TRIAL_SECONDS = 0.05
 
 # Images, and vectors, that go through the network together on a CPU where a single one may be asked
 # for.
@@ -44,9 +46,11 @@ class Layout:
         -------
         torch.Tensor of shape (batch_size, ...)
         """
-        if self.channels_last:
-            return batch.contiguous(memory_format=torch.channels_last)
-        return batch
+        if not self.channels_last:
+            return batch
+        # contiguous() would leave images of one channel as they are.
+        stored = torch.empty_like(batch, memory_format=torch.channels_last)
+        return stored.copy_(batch)
 
 
 def rows_layout(shape, device):
@@ -68,12 +72,12 @@ def rows_layout(shape, device):
 
 
 def fastest_layout(run, shape, *, device, dtype):
-    """Try layouts on blank rows and choose by the time that a row takes.
+    """Try layouts on blank rows and choose by the time that they take.
 
     Parameters
     ----------
     run : callable
-        Takes a tensor of shape (batch_size, *shape).
+        Takes a tensor of shape (n_rows, *shape) and a layout.
     shape : tuple of int
         Shape of one row.
     device : torch.device
@@ -83,32 +87,36 @@ def fastest_layout(run, shape, *, device, dtype):
     -------
     Layout
     """
-    is_image = len(shape) == 3
     sizes = VECTORS if len(shape) == 1 else CPU_IMAGES if device.type == "cpu" else GPU_IMAGES
-    best, best_time = None, None
-    for channels_last in (False, True) if is_image else (False,):
-        for size in sizes:
-            layout = Layout(size, channels_last)
-            batch = layout.store(torch.full((size, *shape), 0.5, device=device, dtype=dtype))
-            try:
-                run(batch[: min(sizes)])
-                first = _time(run, batch[: min(sizes)]) / min(sizes)
-                if best is not None and first * size > TRIAL_SECONDS:
-                    continue
-                seconds = min(_time(run, batch) for _ in range(3)) / size
-            except torch.OutOfMemoryError:
-                continue
-            if best is None or seconds < CLEARLY * best_time:
-                best, best_time = layout, seconds
-    return best or Layout(1)
+    smallest = min(sizes)
+    row = torch.full((1, *shape), 0.5, device=device, dtype=dtype)
 
+    def measure(n_rows, layout):
+        rows = row.expand(n_rows, *shape)
+        start = time.perf_counter()
+        run(rows, layout)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
 
-def _time(run, batch):
-    start = time.perf_counter()
-    run(batch)
-    if batch.device.type == "cuda":
-        torch.cuda.synchronize(batch.device)
-    return time.perf_counter() - start
+    try:
+        seconds = min(measure(smallest, Layout(smallest)) for _ in range(2))
+    except torch.OutOfMemoryError:
+        return Layout(1)
+    n_rows = max(
+        size for size in sizes if size * seconds <= smallest * TRIAL_SECONDS or size == smallest
+    )
+    formats = (False, True) if len(shape) == 3 else (False,)
+    layouts = [Layout(size, last) for last in formats for size in sizes if size <= n_rows]
+    times = dict.fromkeys(layouts, math.inf)
+    # In turn, so that a disturbance meets all of them.
+    for layout in N_TRIALS * layouts:
+        try:
+            times[layout] = min(times[layout], measure(n_rows, layout))
+        except torch.OutOfMemoryError:
+            continue
+    best = min(layouts, key=times.get)
+    return best if times[best] < CLEARLY * times[layouts[0]] else layouts[0]
 
 
 def halve_until_it_fits(run, layout):
@@ -202,7 +210,12 @@ def tile_shape(n_cells, batch_size):
     """
     if n_cells <= batch_size:
         return batch_size // n_cells, n_cells
-    return 1, -(-n_cells // round(n_cells / batch_size))
+    # Of the sizes near the one that is asked for, the one that fills the fewest places with blanks.
+    nearest = round(n_cells / batch_size)
+    numbers = range(math.ceil(n_cells / (3 * batch_size // 2)), round(1.5 * nearest) + 1)
+    columns = {number: -(-n_cells // number) for number in numbers}
+    best = min(numbers, key=lambda m: (m * columns[m] - n_cells, abs(m - nearest)))
+    return 1, columns[best]
 
 
 def iterate_tiles(cells, batch_size):

@@ -62,6 +62,16 @@ def memory_budget(device):
     return int(get_config()["working_memory"] * 2**20)
 
 
+def keep_freed_memory():
+    """Have the C library keep large blocks that are freed, for the next of their size.
+
+    By default glibc may hand each of them back to the system and fetch fresh memory for the next,
+    which can take longer than a convolution. It learns from the largest block up to 32 MiB that
+    was freed; elsewhere this does nothing.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def kept_random_state(device):
     """Keep torch's global random state through calls of a network that may draw from it.
 

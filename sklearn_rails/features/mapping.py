@@ -1,5 +1,6 @@
 """The maps f_l from rows to layers' features, as a fitted estimator keeps them."""
 
+import functools
 import warnings
 import weakref
 
@@ -15,7 +16,7 @@ from .batching import (
     no_room_for_a_row,
     rows_layout,
 )
-from .device import DTYPES, kept_random_state, resolve_device
+from .device import DTYPES, keep_freed_memory, kept_random_state, resolve_device
 from .frozen import freeze
 from .truncation import TruncatedNetwork
 
@@ -73,6 +74,8 @@ class FeatureMap:
 
     def _run_on(self, device):
         self.device = device
+        if device.type == "cpu":
+            keep_freed_memory()
         self._network = TruncatedNetwork(
             self._module, device=device, dtype=self.dtype, input_shape=self.input_shape
         )
@@ -170,45 +173,69 @@ class FeatureMap:
         output = self._network.output
         return self._collect(X, (output,))[output]
 
-    def compare_cells(self, cells, layer, compare):
+    def compare_cells(self, cells, layer, antigens, compare, *, any_order):
         """Run populations from the start layer to another, and compare what comes out.
 
         Parameters
         ----------
         cells : torch.Tensor of shape (n, n_cells, n_start_features)
         layer : str
+        antigens : torch.Tensor of shape (n, n_layer_features)
+            What each row's cells are compared with.
         compare : callable
-            ``compare(features, rows)`` gives (r, c) numbers for the features (r, c,
-            n_layer_features) of cells of the rows ``rows``, a slice of length r.
+            ``compare(antigens, features, overwrite_features=...)`` gives (r, c) numbers for the
+            antigens (r, n_layer_features) of some rows and the features (r, c, n_layer_features)
+            of their cells, which it may overwrite if it is told so.
+        any_order : bool
+            Whether features may come in another order than their own (in all rows, and in both
+            arguments, the same): the one in which they are stored, which saves a copy.
 
         Returns
         -------
         torch.Tensor of shape (n, n_cells)
         """
-
-        def run(layout):
-            compared = cells.new_empty(cells.shape[:2])
-            for rows, columns, tile in iterate_tiles(cells, layout.batch_size):
-                batch = layout.store(tile.reshape(-1, *self.start_shape))
-                outputs = self._network(batch, (layer,), self.start_layer)[layer]
-                features = outputs.reshape(*tile.shape[:2], -1)
-                n_rows, n_columns = compared[rows, columns].shape
-                compared[rows, columns] = compare(features[:n_rows, :n_columns], rows)
-            return compared
-
-        layout = self.choose_layout(layer)
+        layout = self.choose_layout(layer, compare, any_order=any_order)
         with torch.no_grad(), kept_random_state(self.device):
-            compared, fitting = halve_until_it_fits(run, layout)
+            compared, fitting = halve_until_it_fits(
+                lambda layout: self._compare(cells, layer, antigens, compare, any_order, layout),
+                layout,
+            )
         if fitting is not layout:
             self._layouts[self._way(layer)] = fitting
         return compared
 
-    def choose_layout(self, layer):
+    def _compare(self, cells, layer, antigens, compare, any_order, layout):
+        @functools.cache
+        def antigens_with_channels_last(shape):
+            return antigens.unflatten(1, shape).movedim(1, 3).flatten(1)
+
+        def compare_tile(tile, rows, n_columns):
+            batch = layout.store(tile.reshape(-1, *self.start_shape))
+            outputs = self._network(batch, (layer,), self.start_layer)[layer]
+            own = self._network.owns(outputs, batch)
+            present = antigens
+            if any_order and outputs.is_contiguous(memory_format=torch.channels_last):
+                present = antigens_with_channels_last(outputs.shape[1:])
+                outputs = outputs.movedim(1, 3)
+            present = present[rows]
+            features = outputs.reshape(*tile.shape[:2], -1)[: len(present), :n_columns]
+            return compare(present, features, overwrite_features=own)
+
+        compared = cells.new_empty(cells.shape[:2])
+        for rows, columns, tile in iterate_tiles(cells, layout.batch_size):
+            n_columns = compared[rows, columns].shape[1]
+            # In a function, whose large tensors are gone before the next one needs memory.
+            compared[rows, columns] = compare_tile(tile, rows, n_columns)
+        return compared
+
+    def choose_layout(self, layer, compare, *, any_order):
         """Choose the micro-batches of cells on their way to a layer, by a short measurement.
 
         Parameters
         ----------
         layer : str
+        compare, any_order
+            As :meth:`compare_cells` takes them.
 
         Returns
         -------
@@ -221,7 +248,7 @@ class FeatureMap:
             else:
                 known = {} if self._module is None else _LAYOUTS.setdefault(self._module, {})
                 if way not in known:
-                    known[way] = self._measure_layout(layer)
+                    known[way] = self._measure_layout(layer, compare, any_order)
                 self._layouts[way] = known[way]
         return self._layouts[way]
 
@@ -229,10 +256,14 @@ class FeatureMap:
         return layer, self.start_layer, self.start_shape, str(self.device), self.dtype
 
     @torch.no_grad()
-    def _measure_layout(self, layer):
+    def _measure_layout(self, layer, compare, any_order):
         with kept_random_state(self.device):
+            row = torch.zeros(1, *self.start_shape, device=self.device, dtype=self.dtype)
+            antigen = self._network(row, (layer,), self.start_layer)[layer].reshape(1, -1)
             return fastest_layout(
-                lambda batch: self._network(batch, (layer,), self.start_layer),
+                lambda rows, layout: self._compare(
+                    rows.flatten(1)[None], layer, antigen, compare, any_order, layout
+                ),
                 self.start_shape,
                 device=self.device,
                 dtype=self.dtype,

@@ -42,6 +42,11 @@ class TruncatedNetwork:
         self.input_shape = tuple(input_shape)
         self._recording = threading.local()
         self._module = None if module is None else _private_copy(module, device, dtype)
+        self._places = (
+            set()
+            if module is None or device.type != "cpu"
+            else {tensor.untyped_storage().data_ptr() for tensor in _held_tensors(self._module)}
+        )
         self._names = (
             [] if module is None else [name for name, _ in self._module.named_modules() if name]
         )
@@ -160,6 +165,26 @@ class TruncatedNetwork:
         if start in self._names:
             self._check_start(x, layers, start)
 
+    def owns(self, output, x):
+        """Say whether nobody else holds the memory of an output, so that it may be overwritten.
+
+        Parameters
+        ----------
+        output : torch.Tensor
+            A layer's output for ``x``.
+        x : torch.Tensor
+            What was given to the network.
+
+        Returns
+        -------
+        bool
+            Always False beyond the CPU, where it is not worth knowing.
+        """
+        if output.device.type != "cpu":
+            return False
+        place = output.untyped_storage().data_ptr()
+        return place != x.untyped_storage().data_ptr() and place not in self._places
+
     def _check_start(self, x, layers, start):
         whole = self(x, (start, *(name for name in layers if name != start)))
         around = f"start_layer={start!r}: the network cannot be run from there to {list(layers)}, "
@@ -253,12 +278,17 @@ def _private_copy(module, device, dtype):
         return tensor.detach().to(device=device)
 
     memo = {}
-    for layer in module.modules():
-        tensors = [*layer._parameters.values(), *layer._buffers.values(), *vars(layer).values()]
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
-                copied = fit(tensor)
-                if isinstance(tensor, nn.Parameter):
-                    copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
-                memo[id(tensor)] = copied
+    for tensor in _held_tensors(module):
+        if id(tensor) not in memo:
+            copied = fit(tensor)
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = copied
     return copy.deepcopy(module, memo).eval()
+
+
+def _held_tensors(module):
+    for layer in module.modules():
+        for value in [*layer._parameters.values(), *layer._buffers.values(), *vars(layer).values()]:
+            if isinstance(value, torch.Tensor):
+                yield value

@@ -3,11 +3,8 @@
 import torch
 from torch.nn.functional import normalize
 
-# On a CPU features are compared in pieces of so many bytes.
-CACHE_BYTES = 2**20
 
-
-def affinity_to(affinity, antigens, features):
+def affinity_to(affinity, antigens, features, *, overwrite_features=False):
     """Compare each antigen's features with those of its own candidates.
 
     Parameters
@@ -16,6 +13,8 @@ def affinity_to(affinity, antigens, features):
         A callable takes two tensors of shape (m, n_features) and gives one of shape (m,).
     antigens : torch.Tensor of shape (n, n_features)
     features : torch.Tensor of shape (n, k, n_features)
+    overwrite_features : bool, default=False
+        Whether what is in ``features`` is wanted no more: fresh memory costs more than arithmetic.
 
     Returns
     -------
@@ -26,22 +25,14 @@ def affinity_to(affinity, antigens, features):
     ValueError
         If a callable gives something else.
     """
-    n, k, d = features.shape
-    if features.device.type == "cpu" and features.nbytes > CACHE_BYTES and n * k > 1:
-        # What is computed on the way stays in the caches, and needs no fresh memory each time.
-        axis = int(n == 1)
-        halves = zip(
-            antigens.chunk(2) if n > 1 else (antigens, antigens),
-            features.chunk(2, dim=axis),
-            strict=True,
-        )
-        return torch.cat([affinity_to(affinity, *half) for half in halves], dim=axis)
+    out = features if overwrite_features else None
     if affinity == "euclidean":
-        return -torch.linalg.vector_norm(features - antigens[:, None], dim=2)
+        return -torch.linalg.vector_norm(torch.sub(features, antigens[:, None], out=out), dim=2)
     if affinity == "cosine":
-        return (normalize(features, dim=2) * normalize(antigens, dim=1)[:, None]).sum(dim=2)
-    if affinity == "inner_product":
-        return (features * antigens[:, None]).sum(dim=2)
+        antigens, features = normalize(antigens, dim=1), normalize(features, dim=2, out=out)
+    if affinity in ("cosine", "inner_product"):
+        return torch.mul(features, antigens[:, None], out=out).sum(dim=2)
+    n, k, d = features.shape
     given = affinity(antigens.repeat_interleave(k, dim=0), features.reshape(n * k, d))
     if not isinstance(given, torch.Tensor) or given.shape != (n * k,):
         got = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__

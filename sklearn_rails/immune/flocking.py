@@ -7,7 +7,10 @@ from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize, pad
 
-from .affinity import CACHE_BYTES, affinity_to
+from .affinity import affinity_to
+
+# On a CPU examples are compared in pieces of so many bytes, which stay in the caches.
+CACHE_BYTES = 2**20
 
 # The block of distances that is held at a time.
 BLOCK_BYTES = 64 * 2**20
@@ -215,7 +218,10 @@ class ClassNeighbors:
                 part = places[rows, left : left + n_columns]
                 examples = self._examples.index_select(0, part.flatten())
                 exact[rows, left : left + n_columns] = affinity_to(
-                    self.affinity, queries[rows], examples.reshape(*part.shape, -1)
+                    self.affinity,
+                    queries[rows],
+                    examples.reshape(*part.shape, -1),
+                    overwrite_features=True,
                 )
         return exact
 

@@ -253,8 +253,9 @@ def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover):
     def take(parents):
         return flat.index_select(0, (parents + offset).reshape(-1)).reshape(cells.shape)
 
-    # A weight of 0 or 1 gives exactly the one or the other, several times as fast as a mask does.
-    from_first = (uniforms < q[..., None]).to(cells.dtype)
+    # 1 where u < q and 0 elsewhere, several times as fast as a mask; and a weight of 0 or 1 gives
+    # exactly the one or the other.
+    from_first = torch.sub(q[..., None], uniforms).ceil_()
     return take(second).lerp_(take(first), from_first)
 
 

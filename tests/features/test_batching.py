@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,12 +47,34 @@ def test_tiles_have_one_shape_and_hold_every_cell_once(n, n_cells, batch_size):
 
 
 def test_the_fastest_layout_is_found():
-    def run(batch):  # a fixed cost each call, so that the largest batch wins
-        torch.linalg.svdvals(torch.ones(150, 150))
-        return batch
+    def run(rows, layout):  # a fixed cost each batch, so that the largest wins
+        for _ in range(-(-len(rows) // layout.batch_size)):
+            torch.linalg.svdvals(torch.ones(40, 40))
 
     layout = fastest_layout(run, (3,), device=torch.device("cpu"), dtype=torch.float32)
     assert layout == Layout(4096)
+
+
+def test_layouts_for_which_there_is_no_memory_or_no_time_are_left_out():
+    def run(rows, layout):
+        if layout.batch_size > 256:
+            raise torch.OutOfMemoryError("out of memory")
+
+    settings = {"device": torch.device("cpu"), "dtype": torch.float32}
+    assert fastest_layout(run, (3,), **settings) == Layout(256)
+    assert fastest_layout(lambda *_: time.sleep(0.06), (3,), **settings) == Layout(256)
+
+    def fail(rows, layout):
+        raise torch.OutOfMemoryError("out of memory")
+
+    assert fastest_layout(fail, (3,), **settings) == Layout(1)
+
+
+def test_images_of_one_channel_are_stored_with_channels_last():
+    batch = torch.rand(3, 1, 4, 5)
+    stored = Layout(3, channels_last=True).store(batch)
+    assert torch.equal(stored, batch)
+    assert stored.stride() == (20, 1, 5, 1)
 
 
 class Hungry(torch.nn.Module):
