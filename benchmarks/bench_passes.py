@@ -19,12 +19,14 @@ from sklearn_rails import RAILSClassifier, __version__
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = {"digits": "conv2", "mnist": "conv2", "svhn": "sum1", "cifar10": "sum1"}
-SIZES = (50, 100, 150, 200, 400)
+SIZES = (25, 50, 100, 200, 400)
+GROWTHS = ((25, 200), (50, 200), (50, 400), (100, 400))
 GENERATIONS = (0, 1, 2, 3, 5, 10)
 FIELDS = (
     "data",
     "layer",
     "population_size",
+    "contested_size",
     "generations",
     "early_stopping",
     "n_rows",
@@ -51,27 +53,43 @@ def compare(name, n_rows, data_home):
     data = load_data(name, data_home)
     network = load_network(name, data_home)
     X, y, X_val, y_val = split_rows(name, data, n_rows)
-    X_attacked = attack(name, network, X_val, y_val)
-    fixed = None
-    for setting in settings():
-        rails = RAILSClassifier(network, layers=LAYERS[name], random_state=0, **setting).fit(X, y)
-        clean, attacked = rails.respond(X_val), rails.respond(X_attacked)
-        labels = np.concatenate([clean.labels, attacked.labels])
-        fixed = labels if fixed is None else fixed
+    rows = np.concatenate([X_val, attack(name, network, X_val, y_val)])
+    fixed, early = None, {}
+
+    def describe(setting, labels, passes, contested_size=None):
+        right = labels.reshape(2, -1) == y_val
         row = {
             "data": data.name,
             "layer": LAYERS[name],
             **setting,
+            "contested_size": contested_size,
             "n_rows": len(X_val),
-            "clean_accuracy": round(np.mean(clean.labels == y_val), 4),
-            "robust_accuracy": round(np.mean(attacked.labels == y_val), 4),
-            "forward_passes": round((clean.n_forward + attacked.n_forward) / len(labels), 1),
+            "clean_accuracy": round(right[0].mean(), 4),
+            "robust_accuracy": round(right[1].mean(), 4),
+            "forward_passes": round(passes.mean(), 1),
             "labels_as_fixed": round(np.mean(labels == fixed), 4),
             "version": __version__,
             "torch": torch.__version__,
         }
         print(", ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        yield row
+        return row
+
+    for setting in settings():
+        rails = RAILSClassifier(network, layers=LAYERS[name], random_state=0, **setting).fit(X, y)
+        response = rails.respond(rows)
+        n_generations = response.n_generations[LAYERS[name]]
+        passes = setting["population_size"] * (n_generations + 1)
+        fixed = response.labels if fixed is None else fixed
+        yield describe(setting, response.labels, passes)
+        if setting["early_stopping"]:
+            contested = n_generations == setting["generations"]
+            early[setting["population_size"]] = setting, response.labels, passes, contested
+    # Rows that a small population has not decided on are answered once more by a larger one.
+    for small, large in GROWTHS:
+        setting, labels, passes, contested = early[small]
+        _, more_labels, more_passes, _ = early[large]
+        labels = np.where(contested, more_labels, labels)
+        yield describe(setting, labels, passes + contested * more_passes, large)
 
 
 def plot():
@@ -91,7 +109,11 @@ def plot():
             "False": ("generations", "T = 100; G"),
         }
         for early_stopping, (varied, label) in curves.items():
-            chosen = [row for row in rows[1:] if row["early_stopping"] == early_stopping]
+            chosen = [
+                row
+                for row in rows[1:]
+                if row["early_stopping"] == early_stopping and not row["contested_size"]
+            ]
             ax.plot(
                 [float(row["forward_passes"]) for row in chosen],
                 [float(row["robust_accuracy"]) for row in chosen],

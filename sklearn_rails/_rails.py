@@ -29,19 +29,20 @@ from .immune.maturation import (
     Schedule,
     clone_neighbors,
     find_domain,
-    join_populations,
     mature,
     mutation_steps,
 )
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
 
-# On a CPU populations of so many bytes are bred at a time, to stay in the caches between the
-# operators; and random numbers of so many cells' elements are kept for the next.
-CACHE_BYTES = 2 * 2**20
+# Random numbers for so many elements of cells are kept for the next block of rows.
 CACHED_NUMBERS = 8 * 2**20
 
 # Arrays of the populations' size that a generation holds at a time.
 POPULATIONS_HELD = 6
+
+# On a CPU populations of so many bytes are bred in a block, to be still in a cache for the next
+# generation.
+CPU_BYTES = 32 * 2**20
 
 
 class RAILSClassifier(ClassifierMixin, SharesNetwork):
@@ -423,8 +424,11 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         """Answer blocks of rows whose populations fit into memory."""
         n_threads = effective_n_jobs(self.n_jobs)
         bank = self._bank()
-        row_bytes = POPULATIONS_HELD * self.population_size * bank[0].nbytes
-        step = max(1, int(memory_budget(bank.device) // (row_bytes * n_threads)))
+        row_bytes = self.population_size * bank[0].nbytes
+        block_bytes = memory_budget(bank.device) // (POPULATIONS_HELD * n_threads)
+        if bank.device.type == "cpu":
+            block_bytes = min(block_bytes, CPU_BYTES)
+        step = max(1, int(block_bytes // row_bytes))
         step = min(step, -(-len(X) // n_threads))
         n_decided = 0
         with tqdm(total=len(X), unit="row", disable=not self.verbose) as progress:
@@ -504,29 +508,22 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         )
         bank = self._bank()
         domain = self._domain.on(bank)
-        step = len(X)
-        if bank.device.type == "cpu":
-            step = max(1, CACHE_BYTES // (self.population_size * bank[0].nbytes))
         for number, (layer, antigens) in enumerate(self._features(X).items()):
             flocked, index = self._flock(antigens, layer)
             parents, labels = clone_neighbors(index, self.population_size)
-            draw = self._draw_for(number, domain)
-            populations = [
-                mature(
-                    bank[parents[start : start + step]],
-                    labels,
-                    measure=self._measure_against(antigens[start : start + step], layer),
-                    draw=draw,
-                    tau=self.tau_[layer],
-                    schedule=schedule,
-                    domain=domain,
-                    n_classes=len(self.classes_),
-                    keep_cells=keep_cells,
-                    on_decided=on_decided,
-                )
-                for start in range(0, len(X), step)
-            ]
-            yield layer, flocked, join_populations(populations)
+            population = mature(
+                bank[parents],
+                labels,
+                measure=self._measure_against(antigens, layer),
+                draw=self._draw_for(number, domain),
+                tau=self.tau_[layer],
+                schedule=schedule,
+                domain=domain,
+                n_classes=len(self.classes_),
+                keep_cells=keep_cells,
+                on_decided=on_decided,
+            )
+            yield layer, flocked, population
 
     def _flock(self, features, layer):
         return self.neighbors_[layer].kneighbors(features, int(self.n_neighbors_.max()))

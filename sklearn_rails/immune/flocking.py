@@ -79,12 +79,13 @@ class ClassNeighbors:
         else:
             # Distances do not feel a shift, rounding does.
             self._center = self._examples.mean(dim=0)
-        self._bounds = np.concatenate([[0], np.cumsum(self.n_samples_)])
+        self._sizes = self.n_samples_.tolist()
+        self._starts = torch.tensor([0, *np.cumsum(self._sizes[:-1])], device=features.device)
         self._indexes = None if self.algorithm == "auto" else self._build_indexes()
-        self._half_norms = (self._examples - self._center).square().sum(dim=1) / 2
+        self._offsets = (self._examples - self._center).square().sum(dim=1) / -2
         if self.affinity == "inner_product":
-            self._half_norms.zero_()
-        self._largest = torch.linalg.vector_norm(self._examples, dim=1).max()
+            self._offsets.zero_()
+        self._largest = float(torch.linalg.vector_norm(self._examples, dim=1).max())
         return self
 
     def _build_indexes(self):
@@ -97,7 +98,8 @@ class ClassNeighbors:
                 )
             template = NearestNeighbors(algorithm=template)
         examples = self._examples.cpu().numpy()
-        return [clone(template).fit(examples[start:stop]) for _, (start, stop) in self._classes()]
+        bounds = np.cumsum(self._sizes)[:-1]
+        return [clone(template).fit(members) for members in np.split(examples, bounds)]
 
     def kneighbors(self, queries, n_neighbors):
         """Find the nearest examples of every class.
@@ -127,9 +129,6 @@ class ClassNeighbors:
             affinity, places = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         return affinity, torch.where(places < 0, places, self._index[places])
 
-    def _classes(self):
-        return enumerate(zip(self._bounds, self._bounds[1:], strict=False))
-
     def _ask_indexes(self, queries, n_candidates):
         rows = queries.cpu().numpy()
 
@@ -141,7 +140,7 @@ class ClassNeighbors:
             delayed(ask)(index, n) for index, n in zip(self._indexes, self.n_samples_, strict=True)
         )
         places = torch.full((len(rows), len(found), n_candidates), -1)
-        for c, (start, _) in self._classes():
+        for c, start in enumerate(self._starts.tolist()):
             places[:, c, : found[c].shape[1]] = torch.from_numpy(found[c] + start)
         return places.to(queries.device)
 
@@ -153,44 +152,51 @@ class ClassNeighbors:
         else:
             centered = queries - self._center
             # Minus half the squared distance, but for a constant of each query.
-            scores = torch.addmm(-self._half_norms, centered, self._examples.T)
-            error = self._rounding_error(centered)[:, None]
-        top, places = [], []
-        for _, (start, stop) in self._classes():
-            k = min(n_candidates, stop - start)
-            values, found = scores[:, start:stop].topk(k, dim=1)
-            found += start
+            scores = torch.addmm(self._offsets, centered, self._examples.T)
+            error = self._rounding_error(centered)[:, None, None]
+        best = []
+        for members in scores.split(self._sizes, dim=1):
+            k = min(n_candidates, members.shape[1])
+            values, found = members.topk(k, dim=1)
             if k < n_candidates:
                 values = pad(values, (0, n_candidates - k), value=-torch.inf)
-                found = pad(found, (0, n_candidates - k), value=-1)
-            top.append(values)
-            places.append(found)
-        top, places = torch.stack(top, dim=1), torch.stack(places, dim=1)
-        affinity, ranked = self._rank(queries, places, n_neighbors)
-        # Something that was left out may stand above the last that is wanted.
-        last, wanted = top[..., -1], top[..., n_neighbors - 1]
-        unsure = (last > -torch.inf) & (last + error >= wanted - error)
-        for row in unsure.any(dim=1).nonzero()[:, 0].tolist():
-            affinity[row], ranked[row] = self._search_exactly(queries[row : row + 1], n_neighbors)
+                found = pad(found, (0, n_candidates - k))
+            best.append((values, found))
+        top, places = (torch.stack(parts, dim=1) for parts in zip(*best, strict=True))
+        places += self._starts[:, None]
+        if min(self._sizes) < n_candidates:
+            places.masked_fill_(top == -torch.inf, -1)
+        # What rounding may have put behind the last that is wanted, or before it.
+        wanted = top[..., n_neighbors - 1 : n_neighbors]
+        contends = top >= (wanted - 2 * error).clamp_(min=torch.finfo(top.dtype).min)
+        n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
+        affinity, ranked = self._rank(queries, places[..., :n_contenders], n_neighbors)
+        if n_contenders == n_candidates:
+            # Something that was left out may stand above the last that is wanted.
+            unsure = contends[..., -1].any(dim=1)
+            for row in unsure.nonzero()[:, 0].tolist():
+                affinity[row], ranked[row] = self._search_exactly(
+                    queries[row : row + 1], n_neighbors
+                )
         return affinity, ranked
 
     def _rounding_error(self, centered):
         """Bound what rounding does to a score of the matrix product."""
-        norms = torch.linalg.vector_norm(centered, dim=1)
-        unit = torch.finfo(centered.dtype).eps
         # A blocked sum of d terms errs by about sqrt(d) units, not by the d of a plain one.
-        return 4 * unit * centered.shape[1] ** 0.5 * (norms + self._largest) * self._largest
+        unit = 4 * torch.finfo(centered.dtype).eps * centered.shape[1] ** 0.5
+        norms = torch.linalg.vector_norm(centered, dim=1)
+        return norms.add_(self._largest).mul_(unit * self._largest)
 
     def _search_exactly(self, query, n_neighbors):
         """Compare one query with every example."""
         exact = self._all_affinities(query)[0]
         affinity = exact.new_full((len(self.n_samples_), n_neighbors), -torch.inf)
         places = torch.full(affinity.shape, -1, device=query.device)
-        for c, (start, stop) in self._classes():
-            best = exact[start:stop].sort(descending=True, stable=True)
-            k = min(n_neighbors, stop - start)
+        for c, members in enumerate(exact.split(self._sizes)):
+            best = members.sort(descending=True, stable=True)
+            k = min(n_neighbors, len(members))
             affinity[c, :k] = best.values[:k]
-            places[c, :k] = best.indices[:k] + start
+            places[c, :k] = best.indices[:k] + self._starts[c]
         return affinity, places
 
     def _rank(self, queries, places, n_neighbors):
@@ -243,7 +249,7 @@ class ClassNeighbors:
         }
 
     def __setstate__(self, state):
-        arrays = ("_index", "_examples", "_center", "_half_norms", "_largest")
+        arrays = ("_index", "_examples", "_center", "_offsets", "_starts")
         vars(self).update(state)
         for name in arrays:
             setattr(self, name, torch.from_numpy(np.array(state[name])))

@@ -5,12 +5,15 @@ rows, so that a row's answer is a function of the row. Populations are kept sort
 class is a slice, and one cumulative sum serves the choice of both parents.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .consensus import unanimous_class
+
+# On a CPU cells of so many bytes are bred at a time, to stay in the caches between the operators.
+CACHE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ def select_parents(affinity, labels, uniforms, tau, *, n_classes, selection):
     return draw(share), draw(uniforms["second"].expand(n_rows, n_cells))
 
 
-def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover):
+def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover, out=None):
     """Take each element from the first parent with probability q, else from the second.
 
     Parameters
@@ -237,6 +240,8 @@ def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover):
     tau : float
     crossover : {"affinity", "uniform"}
         q is the softmax of the two affinities over tau, or a half.
+    out : torch.Tensor of shape (n, n_cells, n_features), default=None
+        Where the result goes.
 
     Returns
     -------
@@ -251,12 +256,12 @@ def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover):
     flat = cells.reshape(n_rows * n_cells, n_features)
 
     def take(parents):
-        return flat.index_select(0, (parents + offset).reshape(-1)).reshape(cells.shape)
+        return flat.index_select(0, (parents + offset).flatten()).view(cells.shape)
 
     # 1 where u < q and 0 elsewhere, several times as fast as a mask; and a weight of 0 or 1 gives
     # exactly the one or the other.
     from_first = torch.sub(q[..., None], uniforms).ceil_()
-    return take(second).lerp_(take(first), from_first)
+    return torch.lerp(take(second), take(first), from_first, out=out)
 
 
 @dataclass(frozen=True)
@@ -311,7 +316,7 @@ def mature(
     Parameters
     ----------
     cells : torch.Tensor of shape (n, n_cells, n_features)
-        The clones, not yet mutated.
+        The clones, not yet mutated; overwritten.
     labels : torch.Tensor of shape (n_cells,), int64
         Their classes, in ascending order.
     measure : callable
@@ -335,6 +340,9 @@ def mature(
     Population
     """
     n_rows, n_cells, _ = cells.shape
+    step = n_rows
+    if cells.device.type == "cpu":
+        step = max(1, CACHE_BYTES // (n_cells * cells[0, 0].nbytes))
     n_points = schedule.generations + 1
     affinity_curve = cells.new_full((n_rows, n_points), torch.nan)
     class_curve = cells.new_full((n_rows, n_points, n_classes), torch.nan)
@@ -346,18 +354,32 @@ def mature(
     rows = torch.arange(n_rows, device=cells.device)
     labels = labels.expand(n_rows, n_cells)
     affinity, leader = None, torch.full_like(rows, -1)
+    children, cells = cells, None
     for generation in range(n_points):
         uniforms = draw(generation)
         if generation > 0:
             first, second = select_parents(
                 affinity, labels, uniforms, tau, n_classes=n_classes, selection=schedule.selection
             )
-            cells = cross_over(
-                cells, affinity, first, second, uniforms["cross"], tau, crossover=schedule.crossover
-            )
             labels = labels.gather(1, first)
-        cells = mutate_(cells, uniforms["steps"], domain)
-        affinity = measure(cells, rows)
+            cells, children = children, torch.empty_like(children) if cells is None else cells
+        measured = []
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            bred = children[part]
+            if generation > 0:
+                cross_over(
+                    cells[part],
+                    affinity[part],
+                    first[part],
+                    second[part],
+                    uniforms["cross"],
+                    tau,
+                    crossover=schedule.crossover,
+                    out=bred,
+                )
+            measured.append(measure(mutate_(bred, uniforms["steps"], domain), rows[part]))
+        affinity = torch.cat(measured)
         affinity_curve[:, generation].index_copy_(0, rows, affinity.mean(dim=1))
         count = affinity.new_zeros(len(rows), n_classes)
         count.scatter_add_(1, labels, torch.ones_like(affinity))
@@ -379,27 +401,13 @@ def mature(
         final_affinity.index_copy_(0, left, affinity.index_select(0, leaving))
         final_labels.index_copy_(0, left, labels.index_select(0, leaving))
         if keep_cells:
-            final_cells.index_copy_(0, left, cells.index_select(0, leaving))
+            final_cells.index_copy_(0, left, children.index_select(0, leaving))
         if staying is None or len(staying) == 0:
             break
         rows, leader = rows.index_select(0, staying), leader.index_select(0, staying)
-        cells, affinity = cells.index_select(0, staying), affinity.index_select(0, staying)
-        labels = labels.index_select(0, staying)
+        affinity, labels = affinity.index_select(0, staying), labels.index_select(0, staying)
+        children = children.index_select(0, staying)
+        cells = None if cells is None else cells[: len(staying)]
     return Population(
         final_cells, final_labels, final_affinity, affinity_curve, class_curve, n_generations
     )
-
-
-def join_populations(parts):
-    """Join the populations of consecutive blocks of rows.
-
-    Parameters
-    ----------
-    parts : list of Population
-
-    Returns
-    -------
-    Population
-    """
-    values = zip(*([getattr(part, f.name) for f in fields(part)] for part in parts), strict=True)
-    return Population(*(None if v[0] is None else torch.cat(v) for v in values))
