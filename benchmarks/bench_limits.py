@@ -58,7 +58,7 @@ def bench_overhead(repeat):
     cases = []
     for width in (16, 64):
         for layer in ("conv2", "conv3"):
-            n_rows = 32 if width == 16 else 8
+            n_rows = 16 if width == 16 else 4
             cases.append((SmallCNN((1, 28, 28), width=width), layer, (1, 28, 28), n_rows, 1.10))
     mlp = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
@@ -67,7 +67,7 @@ def bench_overhead(repeat):
     for network, layer, shape, n_rows, limit in cases:
         X, y = make_images(2_000, shape)
         rails = RAILSClassifier(
-            network.eval(), layers=layer, generations=3, early_stopping=False, random_state=SEED
+            network.eval(), layers=layer, early_stopping=False, random_state=SEED
         ).fit(X, y)
         n_images = n_rows * rails.population_size * (rails.generations + 1)
         bare, batch_size = best_forward(rails._features._network, layer, shape, n_images)

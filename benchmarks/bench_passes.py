@@ -18,9 +18,9 @@ from sklearn_rails import RAILSClassifier, __version__
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-LAYERS = {"digits": "conv2", "mnist": "conv2", "svhn": "sum1", "cifar10": "sum1"}
-SIZES = (25, 50, 100, 200, 400)
-GROWTHS = ((25, 200), (50, 200), (50, 400), (100, 400))
+LAYERS = {"digits": "conv2", "mnist": "conv2", "svhn": "sum1", "cifar10": "block2"}
+SIZES = (25, 50, 100, 150, 200, 400)
+GROWTHS = ((50, 150), (50, 200), (50, 400))
 GENERATIONS = (0, 1, 2, 3, 5, 10)
 FIELDS = (
     "data",
@@ -39,16 +39,19 @@ FIELDS = (
 )
 
 
-def settings():
+def settings(only_sizes):
     """Give the authors' schedule, and then ours with and without early stopping."""
-    yield {"population_size": 1000, "generations": 10, "early_stopping": False}
-    for size in SIZES:
+    if not only_sizes:
+        yield {"population_size": 1000, "generations": 10, "early_stopping": False}
+    for size in only_sizes or SIZES:
         yield {"population_size": size, "generations": 10, "early_stopping": True}
+    if only_sizes:
+        return
     for generations in GENERATIONS:
         yield {"population_size": 100, "generations": generations, "early_stopping": False}
 
 
-def compare(name, n_rows, data_home):
+def compare(name, n_rows, data_home, only_sizes):
     """Measure every setting on the same rows."""
     data = load_data(name, data_home)
     network = load_network(name, data_home)
@@ -67,14 +70,14 @@ def compare(name, n_rows, data_home):
             "clean_accuracy": round(right[0].mean(), 4),
             "robust_accuracy": round(right[1].mean(), 4),
             "forward_passes": round(passes.mean(), 1),
-            "labels_as_fixed": round(np.mean(labels == fixed), 4),
+            "labels_as_fixed": None if only_sizes else round(np.mean(labels == fixed), 4),
             "version": __version__,
             "torch": torch.__version__,
         }
         print(", ".join(f"{key}={value}" for key, value in row.items()), flush=True)
         return row
 
-    for setting in settings():
+    for setting in settings(only_sizes):
         rails = RAILSClassifier(network, layers=LAYERS[name], random_state=0, **setting).fit(X, y)
         response = rails.respond(rows)
         n_generations = response.n_generations[LAYERS[name]]
@@ -82,14 +85,16 @@ def compare(name, n_rows, data_home):
         fixed = response.labels if fixed is None else fixed
         yield describe(setting, response.labels, passes)
         if setting["early_stopping"]:
-            contested = n_generations == setting["generations"]
-            early[setting["population_size"]] = setting, response.labels, passes, contested
-    # Rows that a small population has not decided on are answered once more by a larger one.
+            early[setting["population_size"]] = setting, response.labels, n_generations
+    # Rows that a small population does not settle in two generations are left to a larger one.
     for small, large in GROWTHS:
-        setting, labels, passes, contested = early[small]
-        _, more_labels, more_passes, _ = early[large]
-        labels = np.where(contested, more_labels, labels)
-        yield describe(setting, labels, passes + contested * more_passes, large)
+        if small in early and large in early:
+            setting, labels, n_generations = early[small]
+            _, more_labels, more_generations = early[large]
+            contested = n_generations > 1
+            labels = np.where(contested, more_labels, labels)
+            passes = 2 * small + contested * large * (more_generations + 1)
+            yield describe(setting, labels, passes, large)
 
 
 def plot():
@@ -114,6 +119,7 @@ def plot():
                 for row in rows[1:]
                 if row["early_stopping"] == early_stopping and not row["contested_size"]
             ]
+            chosen.sort(key=lambda row: float(row["forward_passes"]))
             ax.plot(
                 [float(row["forward_passes"]) for row in chosen],
                 [float(row["robust_accuracy"]) for row in chosen],
@@ -143,14 +149,19 @@ def main():
         "names", nargs="*", choices=[*LAYERS, []], help="data sets; none: plot only"
     )
     parser.add_argument("--rows", type=int, default=300, help="validation rows")
+    parser.add_argument(
+        "--add-sizes", type=int, nargs="+", help="measure these T alone, and add to the results"
+    )
     parser.add_argument("--data-home")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     for name in options.names:
-        rows = list(compare(name, options.rows, options.data_home))
-        with (RESULTS / f"passes_{name}.csv").open("w", newline="") as file:
+        rows = list(compare(name, options.rows, options.data_home, options.add_sizes))
+        mode = "a" if options.add_sizes else "w"
+        with (RESULTS / f"passes_{name}.csv").open(mode, newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
+            if not options.add_sizes:
+                writer.writeheader()
             writer.writerows(rows)
     plot()
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from dataclasses import replace
 from numbers import Integral, Real
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from sklearn.base import ClassifierMixin, clone
+from sklearn.utils import gen_batches
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
@@ -37,6 +39,10 @@ from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
 # Random numbers for so many elements of cells are kept for the next block of rows.
 CACHED_NUMBERS = 8 * 2**20
 
+# Training rows whose features are computed together; and how many tell the scale of tau.
+FIT_ROWS = 1024
+TAU_ROWS = 256
+
 # Arrays of the populations' size that a generation holds at a time.
 POPULATIONS_HELD = 6
 
@@ -63,7 +69,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
     n_neighbors : int, default=10
         Neighbours of each class that are flocked in a layer (k). Clipped where a class has fewer
         training examples.
-    population_size : int, default=200
+    population_size : int, default=150
         Cells in a population (T), shared equally by the classes in the beginning.
     generations : int, default=10
         Generations to breed (G).
@@ -98,6 +104,12 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         How neighbours are found: an exact matrix product on the device, scikit-learn's
         :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with ``kneighbors`` that is
         cloned for every class. The last two need a distance: Euclidean or cosine affinity.
+    storage : {"memory", "float16"} or path, default="memory"
+        Where the training data's features are kept, if ``algorithm="auto"``. ``"float16"`` needs
+        half the memory: neighbours are found in half precision, and those among which it cannot
+        decide are computed anew from the training data and compared in full. A folder takes them
+        into a temporary file that is mapped into memory; it goes with the estimator. The neighbours
+        are the same.
     input_shape : tuple of int, default=None
         Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
         shape.
@@ -194,6 +206,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
             HasMethods(["fit", "kneighbors"]),
         ],
+        "storage": [StrOptions({"memory", "float16"}), str, os.PathLike],
         "threat_scorer": [None, HasMethods(["fit", "score_samples"])],
         "n_jobs": [None, Integral],
         "random_state": ["random_state"],
@@ -206,7 +219,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         *,
         layers=None,
         n_neighbors=10,
-        population_size=200,
+        population_size=150,
         generations=10,
         tau="scale",
         rho=0.15,
@@ -221,6 +234,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         clip="auto",
         early_stopping=True,
         algorithm="auto",
+        storage="memory",
         input_shape=None,
         threat_scorer=None,
         device="auto",
@@ -248,6 +262,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self.clip = clip
         self.early_stopping = early_stopping
         self.algorithm = algorithm
+        self.storage = storage
         self.input_shape = input_shape
         self.threat_scorer = threat_scorer
         self.device = device
@@ -303,16 +318,19 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self._cells = self._features.start(X)
         self._domain = find_domain(self._cells, self.clip)
 
-        self.neighbors_, self.tau_ = {}, {}
-        for layer, features in self._features(X).items():
-            neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs)
-            self.neighbors_[layer] = neighbors.fit(features, y, n_classes)
-            self.tau_[layer] = (
-                scale_of_affinity(neighbors, features, self.n_neighbors)
-                if self.tau == "scale"
-                else float(self.tau)
-            )
+        self.neighbors_ = {}
+        for layer in self.layers_:
+            neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs, self.storage)
+            self.neighbors_[layer] = neighbors.begin(y, n_classes)
+        for rows in gen_batches(len(X), FIT_ROWS):
+            for layer, features in self._features(X[rows]).items():
+                self.neighbors_[layer].put(rows, features)
         self.n_neighbors_ = np.minimum(self.n_neighbors, neighbors.n_samples_)
+        for neighbors in self.neighbors_.values():
+            neighbors.finish()
+        self.tau_ = dict.fromkeys(self.layers_, self.tau)
+        if self.tau == "scale":
+            self.tau_ = self._scale_tau(X)
         vars(self).pop("threat_scorer_", None)
         if self.threat_scorer is not None:
             self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
@@ -525,8 +543,28 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             )
             yield layer, flocked, population
 
+    def _scale_tau(self, X):
+        own = torch.linspace(0, len(X) - 1, min(TAU_ROWS, len(X))).long().unique()
+        return {
+            layer: scale_of_affinity(
+                self.neighbors_[layer],
+                own.to(self.device_),
+                features,
+                self.n_neighbors,
+                self._recall(layer),
+            )
+            for layer, features in self._features(X[own]).items()
+        }
+
     def _flock(self, features, layer):
-        return self.neighbors_[layer].kneighbors(features, int(self.n_neighbors_.max()))
+        k = int(self.n_neighbors_.max())
+        return self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
+
+    def _recall(self, layer):
+        """Give what computes training features anew, if they are not kept in full precision."""
+        if self.storage != "float16":
+            return None
+        return lambda index: self._features.from_start(self._bank()[index], layer)
 
     def _comparison(self):
         return {

@@ -159,6 +159,20 @@ class FeatureMap:
             return self.to_device(X)
         return self._collect(X, (self.start_layer,))[self.start_layer]
 
+    def from_start(self, cells, layer):
+        """Run cells from the start layer to another, as :meth:`__call__` runs rows.
+
+        Parameters
+        ----------
+        cells : torch.Tensor of shape (n, n_start_features)
+        layer : str
+
+        Returns
+        -------
+        torch.Tensor of shape (n, n_layer_features)
+        """
+        return self._collect(cells, (layer,), self.start_layer)[layer]
+
     def outputs(self, X):
         """Give the network's own output.
 
@@ -269,8 +283,9 @@ class FeatureMap:
                 dtype=self.dtype,
             )
 
-    def _collect(self, X, layers):
-        x = self.to_device(X).reshape(len(X), *self.input_shape)
+    def _collect(self, X, layers, start=None):
+        shape = self.input_shape if start is None else self.start_shape
+        x = self.to_device(X).reshape(len(X), *shape)
         if self._batch_size == "auto":
             layout = rows_layout(self.input_shape, self.device)
         else:
@@ -280,7 +295,7 @@ class FeatureMap:
             parts = {name: [] for name in layers}
             for rows, batch in iterate_batches(x, layout):
                 n_rows = rows.stop - rows.start
-                for name, output in self._network(batch, layers).items():
+                for name, output in self._network(batch, layers, start).items():
                     parts[name].append(output[:n_rows].reshape(n_rows, -1))
             return {name: torch.cat(batches) for name, batches in parts.items()}
 

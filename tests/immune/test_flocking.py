@@ -64,6 +64,29 @@ def test_ties_and_duplicates_go_by_index(seed, n, n_features, k, dtype):
     assert_allclose(-affinity, expected_distance, rtol=1e-6)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(3, 200),
+    n_features=st.integers(1, 30),
+    k=st.integers(1, 12),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    affinity=st.sampled_from(["euclidean", "inner_product"]),
+    on_a_grid=st.booleans(),
+)
+def test_half_precision_loses_no_neighbour(seed, n, n_features, k, scale, affinity, on_a_grid):
+    X, y, Q = make_problem(seed, n, n_features, 3, on_a_grid=on_a_grid)
+    # A shift beside which the differences are small, and examples far out, put last.
+    X, Q = torch.tensor(X * scale + 20 * scale), torch.tensor(Q * scale + 20 * scale)
+    X[-2:] *= 1000
+    expected = ClassNeighbors(affinity).fit(X, y, 3).kneighbors(Q, k)
+    half = ClassNeighbors(affinity, storage="float16").begin(y, 3)
+    half.put(slice(0, n // 2), X[: n // 2]).put(slice(n // 2, n), X[n // 2 :]).finish()
+    affinity, index = half.kneighbors(Q, k, lambda i: X[i])
+    assert_array_equal(affinity, expected[0])
+    assert_array_equal(index, expected[1])
+
+
 def test_a_border_within_duplicates_goes_by_index():
     X = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).repeat(100, 1)
     y = np.tile([0, 1], 100)

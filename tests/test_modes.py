@@ -1,0 +1,120 @@
+"""Every fast path gives the labels of the plain one."""
+
+import sys
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from conftest import ConvNet
+from numpy.testing import assert_array_equal
+from sklearn import config_context
+
+from sklearn_rails import RAILSClassifier
+
+PLAIN = {"layers": ["conv1", "conv2"], "population_size": 60, "generations": 4, "random_state": 0}
+PLAIN |= {"early_stopping": False, "batch_size": 16, "input_shape": (1, 8, 8)}
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def task(digits):
+    X, y = digits
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ConvNet()
+    plain = RAILSClassifier(network, **PLAIN).fit(X[:800], y[:800])
+    return network, X[:800], y[:800], X[800:950], plain.predict(X[800:950])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"batch_size": 1},
+        {"batch_size": 1000},
+        {"batch_size": "auto"},
+        {"n_jobs": 2},
+        {"dtype": "float64"},
+        {"algorithm": "brute"},
+        {"storage": "float16"},
+        {"storage": "float16", "start_layer": "norm1", "layers": "conv2"},
+        {"storage": "a folder"},
+        pytest.param({"device": "cuda"}, marks=needs_gpu),
+        pytest.param({"device": "cuda", "storage": "float16"}, marks=needs_gpu),
+        pytest.param({"device": "cuda", "storage": "a folder"}, marks=needs_gpu),
+    ],
+    ids=str,
+)
+def test_every_mode_gives_the_labels_of_the_plain_path(task, mode, tmp_path):
+    network, X, y, new, expected = task
+    mode = {k: tmp_path if v == "a folder" else v for k, v in mode.items()}
+    if "start_layer" in mode:
+        plain = {**PLAIN, **mode, "storage": "memory"}
+        expected = RAILSClassifier(network, **plain).fit(X, y).predict(new)
+    assert_array_equal(
+        RAILSClassifier(network, **{**PLAIN, **mode}).fit(X, y).predict(new), expected
+    )
+
+
+def test_little_memory_one_row_at_a_time_and_a_bank_on_disk_give_the_same_labels(task, tmp_path):
+    network, X, y, new, expected = task
+    rails = RAILSClassifier(network, **PLAIN).fit(X, y)
+    with config_context(working_memory=0.5):
+        assert_array_equal(rails.predict(new), expected)
+    assert_array_equal(
+        np.concatenate([rails.predict(row[None]) for row in new[:20]]), expected[:20]
+    )
+    joblib.dump(rails, tmp_path / "rails.joblib")
+    mapped = joblib.load(tmp_path / "rails.joblib", mmap_mode="r")
+    assert_array_equal(mapped.predict(new), expected)
+
+
+def test_early_stopping_changes_next_to_no_label(task):
+    network, X, y, new, expected = task
+    rails = RAILSClassifier(network, **{**PLAIN, "early_stopping": True}).fit(X, y)
+    assert np.mean(rails.predict(new) == expected) >= 0.995
+
+
+def is_mapped(tensor, folder):
+    """Tell whether a tensor's memory is a file's in a folder."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(place, 16) for place in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return str(folder) in line
+    return False
+
+
+@on_linux
+def test_a_saved_bank_is_not_read_into_memory(task, tmp_path):
+    network, X, y, _, _ = task
+    rails = RAILSClassifier(network, **PLAIN).fit(X, y)
+    joblib.dump(rails, tmp_path / "rails.joblib")
+    mapped = joblib.load(tmp_path / "rails.joblib", mmap_mode="r")
+    assert is_mapped(mapped.neighbors_["conv2"]._examples, tmp_path)
+    assert not is_mapped(rails.neighbors_["conv2"]._examples, tmp_path)
+
+
+@on_linux
+def test_features_in_a_folder_take_a_file_that_leaves_nothing_behind(task, tmp_path):
+    network, X, y, _, _ = task
+    rails = RAILSClassifier(network, **{**PLAIN, "storage": str(tmp_path)}).fit(X, y)
+    assert is_mapped(rails.neighbors_["conv2"]._examples, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"storage": "flaot16"}, "storage='flaot16' must be 'memory', 'float16' or a folder"),
+        ({"storage": 3}, "'storage' parameter"),
+        ({"storage": "float16", "algorithm": "brute"}, "needs algorithm='auto'.*'brute'"),
+        ({"storage": "float16", "affinity": lambda a, b: (a * b).sum(dim=1)}, "affinity of your"),
+    ],
+)
+def test_what_cannot_be_stored_so_is_named(task, settings, message):
+    network, X, y, _, _ = task
+    with pytest.raises(ValueError, match=message):
+        RAILSClassifier(network, **{**PLAIN, **settings}).fit(X, y)
