@@ -110,10 +110,10 @@ def plot():
         with path.open() as file:
             rows = list(csv.DictReader(file))
         curves = {
-            "True": ("population_size", "G = 10, early stopping; T"),
-            "False": ("generations", "T = 100; G"),
+            "True": "T from 25 to 400, G = 10, early stopping",
+            "False": "T = 100, G from 0 to 10, no early stopping",
         }
-        for early_stopping, (varied, label) in curves.items():
+        for early_stopping, label in curves.items():
             chosen = [
                 row
                 for row in rows[1:]
@@ -124,7 +124,7 @@ def plot():
                 [float(row["forward_passes"]) for row in chosen],
                 [float(row["robust_accuracy"]) for row in chosen],
                 marker="o",
-                label=f"{label} = {', '.join(row[varied] for row in chosen)}",
+                label=label,
             )
         fixed = float(rows[0]["robust_accuracy"])
         ax.plot(11_000, fixed, "k*", label="T = 1000, G = 10")

@@ -553,7 +553,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
                 self.n_neighbors,
                 self._recall(layer),
             )
-            for layer, features in self._features(X[own]).items()
+            for layer, features in self._features(X[own.tolist()]).items()
         }
 
     def _flock(self, features, layer):
