@@ -94,3 +94,29 @@ def test_input_and_output_are_layers_unless_the_network_has_such_names():
     given = network(torch.ones(2, 4), (own, "output", "input"))
     torch.testing.assert_close(given[own], 2 * given["output"])
     torch.testing.assert_close(given["input"], torch.ones(2, 4))
+
+
+class Gives(nn.Module):
+    """Gives its input, what it holds, or something new."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.held = nn.Parameter(torch.ones(3, 2))
+        self.kept = torch.ones(3, 2)
+
+    def forward(self, x):
+        return {"input": x, "view": x[:, :1], "new": x + 1}.get(
+            self.what, getattr(self, self.what, None)
+        )
+
+
+@pytest.mark.parametrize("what", ["input", "view", "held", "kept", "new"])
+def test_only_new_outputs_may_be_overwritten(what):
+    network = TruncatedNetwork(
+        Gives(what), device=torch.device("cpu"), dtype=torch.float32, input_shape=(2,)
+    )
+    x = torch.zeros(3, 2)
+    with torch.no_grad():
+        output = network(x, ("output",))["output"]
+    assert network.owns(output, x) is (what == "new")
