@@ -328,9 +328,10 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self.n_neighbors_ = np.minimum(self.n_neighbors, neighbors.n_samples_)
         for neighbors in self.neighbors_.values():
             neighbors.finish()
-        self.tau_ = dict.fromkeys(self.layers_, self.tau)
         if self.tau == "scale":
             self.tau_ = self._scale_tau(X)
+        else:
+            self.tau_ = dict.fromkeys(self.layers_, float(self.tau))
         vars(self).pop("threat_scorer_", None)
         if self.threat_scorer is not None:
             self.threat_scorer_ = clone(self.threat_scorer).fit(*given)

@@ -404,3 +404,9 @@ def test_bad_data_is_named_and_leaves_no_trace(fitted, split):
         fitted.predict(new.reshape(-1, 8, 8))
     with pytest.raises(TypeError, match="feature_extractor must be .* got str"):
         RAILSClassifier("resnet").fit(X, y)
+
+
+def test_a_temperature_that_is_given_counts_in_every_layer_as_a_float(conv_net, split):
+    X, y, _, _ = split
+    rails = RAILSClassifier(conv_net, layers=["conv1", "conv2"], input_shape=IMAGE, tau=2)
+    assert repr(rails.fit(X, y).tau_) == "{'conv1': 2.0, 'conv2': 2.0}"

@@ -100,6 +100,11 @@ class ClassNeighbors:
         ValueError
             If the storage is unknown, or does not go with the affinity or the algorithm.
         """
+        if self.storage not in ("memory", "float16") and not Path(self.storage).is_dir():
+            raise ValueError(
+                f"storage={str(self.storage)!r} must be 'memory', 'float16' or a folder that "
+                "exists."
+            )
         if self.storage != "memory" and self.algorithm != "auto":
             raise ValueError(
                 f"storage={self.storage!r} needs algorithm='auto', since other indexes keep the "
@@ -262,10 +267,11 @@ class ClassNeighbors:
 
     def _search(self, queries, n_neighbors, n_candidates, take):
         """Find the neighbours of one block of queries."""
-        top, places = self._find_candidates(queries, n_candidates, take)
+        centered = (queries - self._center).mul_(self._scale)
+        top, places = self._find_candidates(queries, centered, n_candidates, take)
         # What the error of the scores may have put behind the last that is wanted, or before it.
         wanted = top[..., n_neighbors - 1 : n_neighbors]
-        bar = wanted - 2 * self._score_error(queries, wanted)
+        bar = wanted - 2 * self._score_error(centered, wanted)
         contends = top >= bar.clamp_(min=torch.finfo(top.dtype).min)
         n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
         affinity, ranked = self._rank(queries, places[..., :n_contenders], n_neighbors, take)
@@ -278,14 +284,13 @@ class ClassNeighbors:
                 )
         return affinity, ranked
 
-    def _find_candidates(self, queries, n_candidates, take):
+    def _find_candidates(self, queries, centered, n_candidates, take):
         """Give the best of each class by a quick score, and their scores."""
         if callable(self.affinity):
             every = torch.arange(len(self._examples), device=queries.device)
             scores = self._exact_affinities(queries, every.expand(len(queries), -1), take)
         else:
             # Minus half the squared distance, but for a constant of each query.
-            centered = self._to_examples(queries)
             if self._examples.dtype == queries.dtype and self._examples.device == queries.device:
                 scores = torch.addmm(self._offsets, centered, self._examples.T)
             else:
@@ -306,16 +311,10 @@ class ClassNeighbors:
             places.masked_fill_(top == -torch.inf, -1)
         return top, places
 
-    def _to_examples(self, queries):
-        """Bring queries to the centre and the scale of the examples."""
-        centered = queries - self._center
-        return centered if self._scale == 1 else centered.mul_(self._scale)
-
-    def _score_error(self, queries, wanted):
+    def _score_error(self, centered, wanted):
         """Bound how far a score may be from the true one, about the last that is wanted."""
         if callable(self.affinity):
             return 0.0
-        centered = self._to_examples(queries)
         norms = torch.linalg.vector_norm(centered, dim=1)[:, None, None]
         # A blocked sum of d terms errs by about sqrt(d) units, not by the d of a plain one.
         unit = 4 * torch.finfo(centered.dtype).eps * centered.shape[1] ** 0.5
@@ -362,7 +361,7 @@ class ClassNeighbors:
             value = getattr(self, name, None)
             if value is not None and value.device != device:
                 setattr(self, name, value.to(device))
-        if isinstance(self.storage, str) and self.storage in ("memory", "float16"):
+        if self.storage in ("memory", "float16"):
             self._examples = self._examples.to(device)
 
     def __getstate__(self):
@@ -396,24 +395,15 @@ def make_room(storage, shape, like):
     Returns
     -------
     torch.Tensor
-
-    Raises
-    ------
-    ValueError
-        If there is no such folder.
     """
     if storage == "memory":
         return like.new_empty(shape)
     if storage == "float16":
         return like.new_empty(shape, dtype=torch.float16)
-    if not Path(storage).is_dir():
-        raise ValueError(
-            f"storage={str(storage)!r} must be 'memory', 'float16' or a folder that exists."
-        )
     dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
     with tempfile.TemporaryFile(dir=storage, prefix="sklearn_rails_") as file:
         # The map outlives the file's name, and even its handle.
-        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
+        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=shape))
 
 
 def drop_own(affinity, index, own):
