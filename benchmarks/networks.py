@@ -8,7 +8,6 @@ most of an hour (CIFAR-10) on one core.
 import argparse
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -103,8 +102,7 @@ def split_rows(name, data, n_validation, n_train=10_000):
 def attack(name, network, X, y):
     """Attack a network with the paper's settings for a data set."""
     eps, step, max_iter = ATTACKS[name]
-    fitted = SimpleNamespace(module_=network, classes_=range(10))
-    return pgd(fitted, X, y, eps=eps, step=step, max_iter=max_iter)
+    return pgd(network, X, y, eps=eps, step=step, max_iter=max_iter)
 
 
 def load_network(name, data_home=None):

@@ -17,6 +17,7 @@ from torch.nn.functional import max_pool2d
 
 from . import DkNNClassifier, RAILSClassifier
 from .datasets import fetch_image_benchmark, load_digit_images
+from .features.frozen import as_module
 from .inspection import ImmuneResponseDisplay
 
 EPS = 60 / 255
@@ -125,12 +126,12 @@ def pgd(network, X, y, *, eps=EPS, step=20 / 255, max_iter=20):
 
     Parameters
     ----------
-    network : fitted skorch.NeuralNetClassifier
-        The network, on the CPU. Its ``module_`` gives logits.
+    network : torch.nn.Module or fitted skorch net
+        The network, on the CPU; it gives logits.
     X : ndarray of shape (n, channels, height, width), float32
         Images in [0, 1].
     y : ndarray of shape (n,), int64
-        Their classes.
+        Their classes, from 0 on.
     eps : float, default=60/255
         Radius of the ball.
     step : float, default=20/255
@@ -156,11 +157,12 @@ def pgd(network, X, y, *, eps=EPS, step=20 / 255, max_iter=20):
             "pgd requires adversarial-robustness-toolbox. You can install it with "
             "`pip install sklearn-rails[attacks]`."
         ) from error
+    module = as_module(network, "network")
     target = PyTorchClassifier(
-        network.module_,
+        module,
         loss=nn.CrossEntropyLoss(),
         input_shape=X.shape[1:],
-        nb_classes=len(network.classes_),
+        nb_classes=module(torch.from_numpy(X[:1])).shape[1],
         clip_values=(0, 1),
         device_type="cpu",
     )

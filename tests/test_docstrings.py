@@ -9,10 +9,17 @@ import sklearn_rails
 import sklearn_rails.datasets
 import sklearn_rails.immune
 import sklearn_rails.inspection
+import sklearn_rails.metrics
 
 # GL08 of properties aside, what is not asked for: extended summaries, "See Also" and examples of
 # every method (classes and functions have them), and that a summary be one line alone.
-MODULES = [sklearn_rails, sklearn_rails.datasets, sklearn_rails.immune, sklearn_rails.inspection]
+MODULES = [
+    sklearn_rails,
+    sklearn_rails.datasets,
+    sklearn_rails.immune,
+    sklearn_rails.inspection,
+    sklearn_rails.metrics,
+]
 IGNORED = {"ES01", "SA01", "EX01", "GL01", "GL02", "SA04", "RT02"}
 
 
