@@ -6,6 +6,7 @@ import pytest
 from numpydoc.validate import validate
 
 import sklearn_rails
+import sklearn_rails.attacks
 import sklearn_rails.datasets
 import sklearn_rails.immune
 import sklearn_rails.inspection
@@ -15,6 +16,7 @@ import sklearn_rails.metrics
 # every method (classes and functions have them), and that a summary be one line alone.
 MODULES = [
     sklearn_rails,
+    sklearn_rails.attacks,
     sklearn_rails.datasets,
     sklearn_rails.immune,
     sklearn_rails.inspection,

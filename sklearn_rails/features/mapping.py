@@ -144,6 +144,21 @@ class FeatureMap:
         """
         return self._collect(X, self.layers)
 
+    def with_gradient(self, X):
+        """Give every layer's features of some rows, for torch to differentiate.
+
+        Parameters
+        ----------
+        X : torch.Tensor of shape (n, n_features)
+            On the map's device and in its dtype.
+
+        Returns
+        -------
+        dict of str to torch.Tensor of shape (n, n_layer_features)
+        """
+        outputs = self._network(X.reshape(len(X), *self.input_shape), self.layers)
+        return {name: output.reshape(len(X), -1) for name, output in outputs.items()}
+
     def start(self, X):
         """Give the output of the start layer, or the rows themselves where there is none.
 

@@ -1,0 +1,386 @@
+"""An attack on neighbours and populations, not on the network."""
+
+import numpy as np
+import torch
+from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from tqdm.auto import tqdm
+
+from .._dknn import DkNNClassifier
+from .._rails import RAILSClassifier
+from .._random import draw_seed
+from .._validation import validate_rows
+from ..immune.affinity import affinity_to
+from ..immune.consensus import fittest
+from ..immune.flocking import ClassNeighbors
+
+# Where the restarts set out from, in turn.
+STARTS = ("here", "toward another class", "anywhere", "anywhere", "anywhere")
+
+# References' features that are compared at a time.
+BLOCK_BYTES = 128 * 2**20
+
+
+class AdaptiveKNNAttack:
+    r"""Attack a DkNN or RAILS classifier itself, by gradients of a soft k-NN margin.
+
+    Attacks on the bare network say nothing about an attacker who knows the defence. This one
+    differentiates through the layers that the defence looks at. In each of them a class scores
+    the softened nearness of its references,
+
+    .. math:: s_c = \log \sum_{i \\in R_c} \exp(A(f(x'), f(r_i)) / T),
+
+    and the attack climbs the sum over the layers of :math:`\max_{c \ne y} s_c - s_y` (in every
+    second pair of restarts of the cross-entropy of the scores) by signed steps in an L-infinity
+    ball. The references are the nearest training rows of each class; for RAILS they are each
+    class's fittest cells of real responses to :math:`x'`, under several seeds. They are renewed
+    every few steps, and constants in between.
+
+    Parameters
+    ----------
+    estimator : fitted DkNNClassifier or RAILSClassifier
+        What is attacked. With ``DkNNClassifier(n_neighbors=k, calibration="leave-one-out")`` and no
+        network that is the k nearest neighbours of the input itself.
+    X_train : array-like of shape (n_train, n_features) or (n_train, *input_shape)
+        The rows that it was fitted on.
+    y_train : array-like of shape (n_train,)
+        Their classes.
+    eps : float
+        Radius of the ball.
+    step : float, default=None
+        Size of a step. None takes an eighth of ``eps``.
+    max_iter : int, default=100
+        Steps of each restart.
+    n_restarts : int, default=5
+        Restarts: from the row itself, from the side of the ball that is toward the nearest
+        training row of another class, and then from anywhere in the ball.
+    n_references : int, default=10
+        References of each class in each layer.
+    refresh : int, default=10
+        Steps after which references are renewed and success is looked for.
+    n_seeds : int, default=3
+        Seeds under which RAILS's cells are bred for the attack.
+    n_checks : int, default=5
+        Seeds that the attack has not seen, by whose majority it judges whether RAILS is wrong.
+    clip : pair of float or None, default=(0, 1)
+        Bounds of the inputs.
+    random_state : int, RandomState or None, default=None
+        Decides on starts and seeds.
+    verbose : int, default=0
+        1 shows a progress bar over the rows of all restarts.
+
+    Raises
+    ------
+    TypeError
+        If the estimator is of another kind.
+    ValueError
+        If a number is out of range, or the training rows do not fit the estimator.
+
+    Notes
+    -----
+    A row for which the attack fails may still fall to another one: the accuracy that is left is an
+    upper bound of the robust accuracy. Report, for each row, the worst over all attacks, and see
+    :func:`~sklearn_rails.metrics.robust_accuracy_score`.
+
+    References
+    ----------
+    .. [1] C. Sitawarin, D. Wagner, "Minimum-Norm Adversarial Examples on KNN and KNN-Based Models",
+       2020, arXiv:2003.06559.
+    .. [2] R. Wang, T. Chen, P. Yao, S. Liu, I. Rajapakse, A. Hero, "ASK: Adversarial Soft k-Nearest
+       Neighbor Attack and Defense", 2021, arXiv:2106.14300.
+    .. [3] A. Athalye, N. Carlini, D. Wagner, "Obfuscated Gradients Give a False Sense of Security",
+       ICML 2018, arXiv:1802.00420 (expectation over the defence's randomness).
+
+    Examples
+    --------
+    >>> from sklearn_rails import DkNNClassifier
+    >>> from sklearn_rails.attacks import AdaptiveKNNAttack
+    >>> from sklearn_rails.datasets import load_digit_images
+    >>> digits = load_digit_images()
+    >>> X, y = digits.X_train, digits.y_train
+    >>> dknn = DkNNClassifier(n_neighbors=5, calibration="leave-one-out").fit(X, y)
+    >>> attack = AdaptiveKNNAttack(dknn, X, y, eps=0.3, max_iter=20, n_restarts=2, random_state=0)
+    >>> X_test, y_test = digits.X_test[:20], digits.y_test[:20]
+    >>> dknn.score(attack.generate(X_test, y_test), y_test) < dknn.score(X_test, y_test)
+    True
+    """
+
+    def __init__(
+        self,
+        estimator,
+        X_train,
+        y_train,
+        *,
+        eps,
+        step=None,
+        max_iter=100,
+        n_restarts=5,
+        n_references=10,
+        refresh=10,
+        n_seeds=3,
+        n_checks=5,
+        clip=(0, 1),
+        random_state=None,
+        verbose=0,
+    ):
+        if not isinstance(estimator, DkNNClassifier | RAILSClassifier):
+            raise TypeError(
+                "estimator must be a fitted DkNNClassifier or RAILSClassifier, got "
+                f"{type(estimator).__name__}."
+            )
+        check_is_fitted(estimator)
+        for name, value, low in (
+            ("eps", eps, 0),
+            ("step", eps if step is None else step, 0),
+            ("max_iter", max_iter, 1),
+            ("n_restarts", n_restarts, 1),
+            ("n_references", n_references, 1),
+            ("refresh", refresh, 1),
+            ("n_seeds", n_seeds, 1),
+            ("n_checks", n_checks, 1),
+        ):
+            if not value >= low:
+                raise ValueError(f"{name} must be {low} or more, got {value!r}.")
+        self.estimator = estimator
+        self.eps = eps
+        self.step = eps / 8 if step is None else step
+        self.max_iter = max_iter
+        self.n_restarts = n_restarts
+        self.refresh = refresh
+        self.clip = clip
+        self.verbose = verbose
+        self._rng = check_random_state(random_state)
+        train, labels = self._check(X_train, y_train, "X_train")
+        n_classes = len(estimator.classes_)
+        self._train = estimator._features.to_device(train)
+        self._inputs = ClassNeighbors().fit(self._train, labels, n_classes)
+        if isinstance(estimator, RAILSClassifier):
+            self._defence = _Populations(estimator, n_references, n_seeds, n_checks, self._rng)
+        else:
+            self._defence = _Neighbors(estimator, train, labels, n_references)
+
+    def generate(self, X, y):
+        """Look for wrong answers within the balls around some rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            The rows.
+        y : array-like of shape (n,)
+            Their true classes.
+
+        Returns
+        -------
+        ndarray of the shape of ``X``, in the estimator's dtype
+            A point that is answered wrongly, where one was found; the other rows, and those that
+            are answered wrongly as they are, come back as they were.
+
+        Raises
+        ------
+        ValueError
+            If the rows do not fit the estimator, or there are classes that it does not know.
+        """
+        rows, labels = self._check(X, y, "X")
+        rows = self.estimator._features.to_device(rows)
+        labels = torch.as_tensor(labels, device=rows.device)
+        found = rows.clone()
+        standing = (self._defence.predict(rows) == labels).nonzero()[:, 0]
+        step = max(1, BLOCK_BYTES // self._defence.row_bytes(rows[:1]))
+        with tqdm(
+            total=len(standing) * self.n_restarts, unit="row", disable=not self.verbose
+        ) as progress:
+            for restart in range(self.n_restarts):
+                still = []
+                for part in standing.split(step) if len(standing) else ():
+                    point, wrong = self._climb(rows[part], labels[part], restart)
+                    found[part[wrong]] = point[wrong]
+                    still.append(part[~wrong])
+                    # A row that has fallen needs no more restarts.
+                    n_left = self.n_restarts - restart - 1
+                    progress.update(len(part) + int(wrong.sum()) * n_left)
+                standing = torch.cat(still) if still else standing
+        return found.cpu().numpy().reshape(len(rows), *np.shape(X)[1:])
+
+    def _check(self, X, y, name):
+        rows = validate_rows(self.estimator, X)
+        y = column_or_1d(y)
+        check_consistent_length(rows, y)
+        unknown = np.setdiff1d(y, self.estimator.classes_)
+        if len(unknown):
+            raise ValueError(f"{name} comes with classes that the estimator has not: {unknown}.")
+        return rows, np.searchsorted(self.estimator.classes_, y)
+
+    def _climb(self, rows, labels, restart):
+        """Climb the margin from one start; give the last points and whether they are wrong."""
+        points = self._into_ball(self._start(rows, labels, restart), rows)
+        wrong = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        left = torch.arange(len(rows), device=rows.device)
+        scales = self._defence.scales(rows)
+        for iteration in range(self.max_iter + 1):
+            if iteration % self.refresh == 0 or iteration == self.max_iter:
+                references, answers = self._defence.respond(points[left])
+                suspects = left[answers != labels[left]]
+                if len(suspects):
+                    wrong[suspects] = self._defence.predict(points[suspects]) != labels[suspects]
+                    kept = (~wrong[left]).nonzero()[:, 0]
+                    left = left[kept]
+                    references = {k: (f[kept], there[kept]) for k, (f, there) in references.items()}
+                if len(left) == 0 or iteration == self.max_iter:
+                    break
+            gradient = self._slope(points[left], labels[left], references, scales, restart)
+            points[left] = self._into_ball(points[left] + self.step * gradient.sign(), rows[left])
+        return points, wrong
+
+    def _start(self, rows, labels, restart):
+        start = STARTS[restart % len(STARTS)]
+        if start == "anywhere":
+            noise = self._rng.uniform(-self.eps, self.eps, size=tuple(rows.shape))
+            return rows + torch.from_numpy(noise).to(rows)
+        if start == "here" or len(self.estimator.classes_) == 1:
+            return rows.clone()
+        affinity, index = self._inputs.kneighbors(rows, 1)
+        affinity[torch.arange(len(rows), device=rows.device), labels] = -torch.inf
+        nearest = affinity[..., 0].argmax(dim=1)
+        # The whole way: the ball cuts it short.
+        return self._train[index[..., 0].gather(1, nearest[:, None])[:, 0]]
+
+    def _into_ball(self, points, rows):
+        points = points.clamp(rows - self.eps, rows + self.eps)
+        return points if self.clip is None else points.clamp(*self.clip)
+
+    def _slope(self, points, labels, references, scales, restart):
+        points = points.detach().requires_grad_()
+        total = 0
+        own = torch.nn.functional.one_hot(labels, len(self.estimator.classes_)).bool()
+        for layer, features in self._defence.features(points).items():
+            members, there = references[layer]
+            affinity = affinity_to(self._defence.affinity, features, members.flatten(1, 2))
+            affinity = affinity.reshape(there.shape).masked_fill(~there, -torch.inf)
+            scores = torch.logsumexp(affinity / scales[layer], dim=2)
+            if restart % 4 < 2:
+                others = scores.masked_fill(own, -torch.inf).amax(dim=1)
+            else:
+                others = torch.logsumexp(scores, dim=1)
+            total = total + (others - scores[own]).sum()
+        return torch.autograd.grad(total, points)[0]
+
+
+class _Neighbors:
+    """A DkNN classifier as the attack sees it: neighbours among fixed rows."""
+
+    affinity = "euclidean"
+
+    def __init__(self, estimator, train, labels, n_references):
+        self._estimator = estimator
+        self._n_references = n_references
+        self._examples = estimator._features(train)
+        self._neighbors = {
+            layer: ClassNeighbors().fit(features, labels, len(estimator.classes_))
+            for layer, features in self._examples.items()
+        }
+
+    def features(self, points):
+        return self._estimator._features.with_gradient(points)
+
+    def row_bytes(self, row):
+        widest = max(f[0].nbytes for f in self._estimator._features(row).values())
+        return widest * self._n_references * len(self._estimator.classes_)
+
+    def predict(self, rows):
+        return _positions(self._estimator, self._estimator.predict(rows), rows)
+
+    def respond(self, rows):
+        """Give the references in each layer, and which of them are there, and the answers."""
+        references = {}
+        for layer, features in self._estimator._features(rows).items():
+            _, index = self._neighbors[layer].kneighbors(features, self._n_references)
+            references[layer] = self._examples[layer][index.clamp(min=0)], index >= 0
+        return references, self.predict(rows)
+
+    def scales(self, rows):
+        """Give a third of the median distance of the k-th neighbour, in each layer."""
+        scales = {}
+        for layer, features in self._estimator._features(rows).items():
+            affinity, _ = self._neighbors[layer].kneighbors(features, self._n_references)
+            scales[layer] = _scale_of(affinity, self._n_references)
+        return scales
+
+
+class _Populations:
+    """A RAILS classifier as the attack sees it: cells that are bred anew at every point."""
+
+    def __init__(self, estimator, n_references, n_seeds, n_checks, rng):
+        self._estimator = estimator
+        self._n_references = n_references
+        self._n_cells = -(-n_references // n_seeds)
+        self.affinity = estimator.affinity
+        seeds = {estimator.seed_: None}
+        while len(seeds) < 1 + n_seeds + n_checks:
+            seeds[draw_seed(rng)] = None
+        _, *others = [estimator._with({"seed_": seed, "_draws": {}}) for seed in seeds]
+        self._known, self._unseen = others[:n_seeds], others[n_seeds:]
+
+    def features(self, points):
+        return self._estimator._features.with_gradient(points)
+
+    def row_bytes(self, row):
+        widest = max(f[0].nbytes for f in self._estimator._features(row).values())
+        return widest * self._n_cells * len(self._known) * len(self._estimator.classes_)
+
+    def predict(self, rows):
+        """Give the majority's answers, of seeds that the attack does not see."""
+        answers = [_positions(rails, rails.predict(rows), rows) for rails in self._unseen]
+        return torch.stack(answers).mode(dim=0).values
+
+    def respond(self, rows):
+        """Give the references in each layer, and which of them are there, and the answers."""
+        references, answers = {}, []
+        for rails in self._known:
+            votes, ties = 0, 0
+            for layer, flocked, population in rails._mature(rows, lambda n: None, keep_cells=True):
+                layer_votes, layer_ties, _ = rails._vote(layer, flocked, population)
+                votes, ties = votes + layer_votes, ties + layer_ties
+                references.setdefault(layer, []).append(self._best(population, rows, layer))
+            scores = torch.from_numpy(rails._join_votes(votes, ties))
+            answers.append(scores.argmax(dim=1).to(rows.device))
+        joined = {
+            layer: tuple(torch.cat(parts, dim=2) for parts in zip(*bred, strict=True))
+            for layer, bred in references.items()
+        }
+        return joined, torch.stack(answers).mode(dim=0).values
+
+    def _best(self, population, rows, layer):
+        """Give each class's fittest cells' features, or its neighbours' where it died out."""
+        rails = self._estimator
+        n_rows, n_classes, k = len(rows), len(rails.classes_), self._n_cells
+        classes = torch.arange(n_classes, device=rows.device)[:, None]
+        of_class = population.labels[:, None] == classes
+        affinity = population.affinity[:, None].masked_fill(~of_class, -torch.inf)
+        places = fittest(affinity.flatten(0, 1), k).reshape(n_rows, n_classes, -1)
+        there = affinity.gather(2, places) > -torch.inf
+        cells = population.cells[torch.arange(n_rows, device=rows.device)[:, None, None], places]
+        _, index = rails._flock(rails._features(rows)[layer], layer)
+        index = torch.nn.functional.pad(index, (0, k), value=-1)[..., : places.shape[2]]
+        died_out = ~there.any(dim=2, keepdim=True)
+        there = torch.where(died_out, index >= 0, there)
+        cells = torch.where(died_out[..., None], rails._bank()[index.clamp(min=0)], cells)
+        features = rails._features.from_start(cells.flatten(0, 2), layer)
+        return features.reshape(n_rows, n_classes, -1, features.shape[1]), there
+
+    def scales(self, rows):
+        """Give a third of the median distance of the k-th neighbour, in each layer."""
+        return {
+            layer: _scale_of(self._estimator._flock(features, layer)[0], self._n_references)
+            for layer, features in self._estimator._features(rows).items()
+        }
+
+
+def _positions(estimator, labels, rows):
+    return torch.from_numpy(np.searchsorted(estimator.classes_, labels)).to(rows.device)
+
+
+def _scale_of(affinity, n_neighbors):
+    nearest = affinity.flatten(1).sort(dim=1, descending=True).values
+    kth = nearest[:, :n_neighbors][:, -1].abs()
+    scale = float(kth[kth.isfinite()].median()) / 3 if kth.isfinite().any() else 0.0
+    return scale if scale > 0 else 1.0

@@ -1,0 +1,186 @@
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+from sklearn.neighbors import KNeighborsClassifier
+
+from sklearn_rails import DkNNClassifier, RAILSClassifier
+from sklearn_rails.attacks import AdaptiveKNNAttack
+from sklearn_rails.datasets import load_digit_images
+from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.metrics import robust_accuracy_score
+
+# What a few steps suffice for; the defaults are for evaluations.
+QUICK = {"max_iter": 30, "n_restarts": 3, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def task():
+    data = load_digit_images()
+    network = train_network(data.X_train[:600], data.y_train[:600], max_epochs=8, verbose=0)
+    return network, data.X_train[:600], data.y_train[:600], data.X_test[:40], data.y_test[:40]
+
+
+def defence(kind, network, X, y):
+    fitted = {
+        "k-NN": DkNNClassifier(n_neighbors=5, calibration="leave-one-out"),
+        "DkNN": DkNNClassifier(network, layers=["conv1", "conv2"], n_neighbors=5, random_state=0),
+        "RAILS": RAILSClassifier(network, layers="conv2", population_size=50, random_state=0),
+    }
+    return fitted[kind].fit(X, y)
+
+
+@pytest.fixture(scope="module", params=["k-NN", "DkNN", "RAILS"])
+def defended(request, task):
+    network, X, y, X_test, y_test = task
+    return defence(request.param, network, X, y), X, y, X_test, y_test
+
+
+def test_accuracy_falls_with_the_radius_to_nothing(defended):
+    estimator, X, y, X_test, y_test = defended
+    accuracy = []
+    for eps in (0, 0.1, 0.2, 1):
+        attacked = AdaptiveKNNAttack(estimator, X, y, eps=eps, **QUICK).generate(X_test, y_test)
+        assert attacked.shape == X_test.shape
+        assert attacked.dtype == np.float32
+        assert np.abs(attacked - X_test).max() <= eps + 1e-6
+        assert attacked.min() >= 0
+        assert attacked.max() <= 1
+        accuracy.append(estimator.score(attacked, y_test))
+    assert accuracy[0] == estimator.score(X_test, y_test) > 0.9
+    assert accuracy == sorted(accuracy, reverse=True)
+    assert accuracy[-1] <= 0.05  # RAILS is judged by other seeds than its own
+
+
+def test_it_beats_noise_of_its_size_and_the_attack_on_the_network(task, defended):
+    estimator, X, y, X_test, y_test = defended
+    eps = 0.15
+    attack = AdaptiveKNNAttack(estimator, X, y, eps=eps, **QUICK)
+    accuracy = estimator.score(attack.generate(X_test, y_test), y_test)
+    signs = np.random.default_rng(0).choice([-eps, eps], size=X_test.shape)
+    noisy = np.clip(X_test + signs, 0, 1).astype(np.float32)
+    assert estimator.score(noisy, y_test) > 0.85
+    transferred = pgd(task[0], X_test, y_test, eps=eps, step=eps / 5)
+    assert accuracy < estimator.score(transferred, y_test) - 0.05
+
+
+def test_a_gradient_free_attack_does_not_beat_it(task):
+    from art.attacks.evasion import SquareAttack
+    from art.estimators.classification import BlackBoxClassifierNeuralNetwork
+
+    network, X, y, X_test, y_test = task
+    estimator = defence("k-NN", network, X, y)
+    black_box = BlackBoxClassifierNeuralNetwork(
+        lambda rows: estimator.predict_proba(rows.astype(np.float32)),
+        input_shape=X.shape[1:],
+        nb_classes=10,
+        clip_values=(0, 1),
+    )
+    square = SquareAttack(black_box, eps=0.2, max_iter=200, nb_restarts=1, verbose=False)
+    attack = AdaptiveKNNAttack(estimator, X, y, eps=0.2, **QUICK)
+    answers = [
+        estimator.predict(rows.astype(np.float32))
+        for rows in (square.generate(X_test, y_test), attack.generate(X_test, y_test))
+    ]
+    by_square, adaptive = (np.mean(labels == y_test) for labels in answers)
+    assert adaptive <= by_square < 0.9
+    assert robust_accuracy_score(y_test, *answers) <= adaptive
+
+
+def test_on_one_layer_dknn_is_the_k_nearest_neighbours(task):
+    network, X, y, X_test, y_test = task
+    attacked = AdaptiveKNNAttack(defence("k-NN", network, X, y), X, y, eps=0.2, **QUICK).generate(
+        X_test, y_test
+    )
+    plain = KNeighborsClassifier(5).fit(X.reshape(len(X), -1), y)
+    assert plain.score(attacked.reshape(len(X_test), -1), y_test) < 0.6
+
+
+def test_rows_that_stand_and_rows_that_are_wrong_come_back_as_they_were(task):
+    network, X, y, X_test, y_test = task
+    estimator = defence("k-NN", network, X, y)
+    wrong = np.where(estimator.predict(X_test) == 3, 4, 3)
+    attack = AdaptiveKNNAttack(estimator, X, y, eps=0.1, **QUICK)
+    assert_array_equal(attack.generate(X_test, wrong), X_test)
+    attacked = attack.generate(X_test, y_test)
+    stands = estimator.predict(attacked) == y_test
+    assert 0 < stands.sum() < len(X_test)
+    assert_array_equal(attacked[stands], X_test[stands])
+
+
+def test_the_same_seed_gives_the_same_rows_and_the_estimator_is_left_alone(defended):
+    estimator, X, y, X_test, y_test = defended
+    before = estimator.predict_proba(X_test)
+    first, again = (
+        AdaptiveKNNAttack(
+            estimator, X, y, eps=0.15, max_iter=10, n_restarts=3, random_state=1
+        ).generate(X_test[:10], y_test[:10])
+        for _ in range(2)
+    )
+    assert_array_equal(first, again)
+    assert_array_equal(estimator.predict_proba(X_test), before)
+
+
+def test_named_classes_flat_rows_other_ranges_and_cells_in_a_hidden_layer(task):
+    network, X, y, X_test, y_test = task
+    names = np.array([f"digit {label}" for label in range(10)])
+    shape = {"input_shape": (1, 8, 8)}
+    flat, flat_test = X.reshape(len(X), 64) * 16, X_test.reshape(len(X_test), 64) * 16
+    scaled = torch.nn.Sequential(Scale(1 / 16), network.module_)
+    rails = RAILSClassifier(
+        scaled, layers="1.conv2", start_layer="1.conv1", population_size=50, random_state=0, **shape
+    ).fit(flat, names[y])
+    attack = AdaptiveKNNAttack(rails, flat, names[y], eps=4, clip=(0, 16), **QUICK)
+    attacked = attack.generate(flat_test, names[y_test])
+    assert attacked.shape == flat_test.shape
+    assert 1 < attacked.max() <= 16
+    clean, robust = (rails.score(rows, names[y_test]) for rows in (flat_test, attacked))
+    assert robust < clean - 0.3
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(task, monkeypatch):
+    network, X, y, X_test, y_test = task
+    rails = defence("RAILS", network, X, y)
+    attack = AdaptiveKNNAttack(rails, X, y, eps=0.15, n_checks=2, **QUICK)
+    seeds = {r.seed_ for r in (*attack._defence._known, *attack._defence._unseen, rails)}
+    assert len(seeds) == 3 + 2 + 1
+    # If the unseen seeds were never wrong, no row would be given.
+    monkeypatch.setattr(
+        attack._defence, "predict", lambda rows: torch.from_numpy(y_test[: len(rows)])
+    )
+    assert_array_equal(attack.generate(X_test[:1], y_test[:1]), X_test[:1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"eps": -0.1}, ValueError, "eps must be 0 or more, got -0.1"),
+        ({"eps": np.nan}, ValueError, "eps must be 0 or more, got nan"),
+        ({"max_iter": 0}, ValueError, "max_iter must be 1 or more, got 0"),
+        ({"estimator": KNeighborsClassifier()}, TypeError, "got KNeighborsClassifier"),
+        ({"y_train": np.arange(600)}, ValueError, "X_train comes with classes.*10"),
+        ({"y_train": [0, 1]}, ValueError, "inconsistent numbers"),
+        ({"X_train": np.zeros((600, 1, 4, 4))}, ValueError, "rows of shape"),
+    ],
+)
+def test_bad_input_is_named(task, changed, error, message):
+    network, X, y, _, _ = task
+    given = {"estimator": defence("k-NN", network, X, y), "X_train": X, "y_train": y, "eps": 0.1}
+    with pytest.raises(error, match=message):
+        AdaptiveKNNAttack(**{**given, **changed})
+
+
+def test_unknown_classes_of_the_rows_are_named(task):
+    network, X, y, X_test, _ = task
+    attack = AdaptiveKNNAttack(defence("k-NN", network, X, y), X, y, eps=0.1)
+    with pytest.raises(ValueError, match="X comes with classes that the estimator has not: .11"):
+        attack.generate(X_test, np.full(len(X_test), 11))
