@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import sklearn
 import torch
-from networks import attack, load_data, load_network, split_rows
+from reproduce.train import attack, load_data, load_network, split_rows
 from torch import nn
 
 from sklearn_rails import RAILSClassifier
@@ -67,7 +67,11 @@ def bench_overhead(repeat):
     for network, layer, shape, n_rows, limit in cases:
         X, y = make_images(2_000, shape)
         rails = RAILSClassifier(
-            network.eval(), layers=layer, early_stopping=False, random_state=SEED
+            network.eval(),
+            layers=layer,
+            generations=10,
+            early_stopping=False,
+            random_state=SEED,
         ).fit(X, y)
         n_images = n_rows * rails.population_size * (rails.generations + 1)
         bare, batch_size = best_forward(rails._features._network, layer, shape, n_images)

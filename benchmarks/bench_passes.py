@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from networks import attack, load_data, load_network, split_rows
+from reproduce.train import attack, load_data, load_network, split_rows
 
 from sklearn_rails import RAILSClassifier, __version__
 
@@ -22,6 +22,7 @@ LAYERS = {"digits": "conv2", "mnist": "conv2", "svhn": "sum1", "cifar10": "block
 SIZES = (25, 50, 100, 150, 200, 400)
 DEFAULT_SIZE = 150
 GENERATIONS = (0, 1, 2, 3, 5, 10)
+FEW_GENERATIONS = (3, 5)
 # First cells, and those of the population that takes over the rows which are then contested.
 GROWTHS = ((50, 150),)
 FIELDS = (
@@ -53,7 +54,8 @@ def settings():
         }
     for size in SIZES:
         yield {"population_size": size, "generations": 10, "early_stopping": True}
-    yield {"population_size": DEFAULT_SIZE, "generations": 5, "early_stopping": True}
+    for generations in FEW_GENERATIONS:
+        yield {"population_size": DEFAULT_SIZE, "generations": generations, "early_stopping": True}
 
 
 def compare(name, n_rows, data_home):

@@ -32,13 +32,13 @@ SETTINGS = {
         "max_epochs": 30,
         "pixel k-NN": {"n_neighbors": 1},
         "DkNN": {"layers": "input", "n_neighbors": 1, "calibration": "leave-one-out"},
-        "RAILS": {"layers": "input", "n_neighbors": 3, "rho": 0.7},
+        "RAILS": {"layers": "input", "n_neighbors": 3, "generations": 10, "rho": 0.7},
     },
     "mnist": {
         "max_epochs": 4,
         "pixel k-NN": {"n_neighbors": 1},
         "DkNN": {"layers": "input", "n_neighbors": 1, "calibration": "leave-one-out"},
-        "RAILS": {"layers": "input", "n_neighbors": 3},
+        "RAILS": {"layers": "input", "n_neighbors": 3, "generations": 10},
     },
 }
 
