@@ -20,9 +20,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = {"digits": "conv2", "mnist": "conv2", "svhn": "sum1", "cifar10": "block2"}
 SIZES = (25, 50, 100, 150, 200, 400)
-DEFAULT_SIZE = 150
+DEFAULT_SIZE, DEFAULT_GENERATIONS = 150, 3
 GENERATIONS = (0, 1, 2, 3, 5, 10)
-FEW_GENERATIONS = (3, 5)
 # First cells, and those of the population that takes over the rows which are then contested.
 GROWTHS = ((50, 150),)
 FIELDS = (
@@ -54,7 +53,7 @@ def settings():
         }
     for size in SIZES:
         yield {"population_size": size, "generations": 10, "early_stopping": True}
-    for generations in FEW_GENERATIONS:
+    for generations in (DEFAULT_GENERATIONS, 5):
         yield {"population_size": DEFAULT_SIZE, "generations": generations, "early_stopping": True}
 
 
@@ -137,6 +136,17 @@ def plot():
                 marker="o",
                 label=label,
             )
+        (default,) = (
+            row
+            for row in rows
+            if row["early_stopping"] == "True" and row["generations"] == str(DEFAULT_GENERATIONS)
+        )
+        ax.plot(
+            float(default["forward_passes"]),
+            float(default["robust_accuracy"]),
+            "s",
+            label="T = 150, G = 3, early stopping (default)",
+        )
         fixed = float(rows[0]["robust_accuracy"])
         ax.plot(11_000, fixed, "k*", label="T = 1000, G = 10")
         ax.axhline(fixed, color="0.8", zorder=0)

@@ -47,7 +47,7 @@ class Task:
         data = load_data(network, options.data_home)
         self.title = data.name
         self.network = load_network(network, options.data_home)
-        n_validation = settings["n_validation"]
+        n_validation = settings["data"][name].get("n_validation", settings["n_validation"])
         self.X, self.y, X_held_out, y_held_out = split_rows(
             network, data, n_validation + settings["n_calibration"], settings["n_train"]
         )

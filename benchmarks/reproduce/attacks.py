@@ -1,0 +1,135 @@
+"""Attacks on the network and on the defences: ``python attacks.py mnist --data-home DIR``.
+
+Transfer attacks are made on the network; the others know the defence: the adaptive attack by its
+gradients, Square by its scores, HopSkipJump by its answers. A row counts as robust if it is right
+under every attack that was tried on it.
+"""
+
+import numpy as np
+from art.attacks.evasion import AutoAttack, FastGradientMethod, HopSkipJump, SquareAttack
+from art.estimators.classification import (
+    BlackBoxClassifier,
+    BlackBoxClassifierNeuralNetwork,
+    PyTorchClassifier,
+)
+from common import Task, describe, parse, predict_network, share, write
+from torch import nn
+from train import ATTACKS
+
+from sklearn_rails.attacks import AdaptiveKNNAttack
+from sklearn_rails.demo import pgd
+
+
+def attack_network(task, X, y, eps):
+    """Give the examples of every attack on the bare network."""
+    radius, step, max_iter = ATTACKS[task.name]
+    target = PyTorchClassifier(
+        task.network,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=X.shape[1:],
+        nb_classes=10,
+        clip_values=(0, 1),
+        device_type="cpu",
+    )
+    step = step * eps / radius
+    return {
+        "PGD": pgd(task.network, X, y, eps=eps, step=step, max_iter=max_iter),
+        "FGSM": FastGradientMethod(target, eps=eps).generate(X, y),
+        "Square": SquareAttack(target, eps=eps, max_iter=1000, verbose=False).generate(X, y),
+        "AutoAttack": AutoAttack(target, eps=eps, eps_step=eps / 4).generate(X, y),
+    }
+
+
+def by_square(fitted, X, y, eps):
+    """Attack by the scores."""
+    target = BlackBoxClassifierNeuralNetwork(
+        fitted.predict_proba, input_shape=X.shape[1:], nb_classes=10, clip_values=(0, 1)
+    )
+    return SquareAttack(target, eps=eps, max_iter=500, verbose=False).generate(X, y)
+
+
+def by_hop_skip_jump(fitted, X, y, eps):
+    """Attack by the answers; a row for which the ball is too small comes back as it was."""
+    target = BlackBoxClassifier(
+        lambda rows: np.eye(10)[fitted.predict(rows.astype(np.float32))],
+        input_shape=X.shape[1:],
+        nb_classes=10,
+        clip_values=(0, 1),
+    )
+    attack = HopSkipJump(
+        target, norm=np.inf, max_iter=10, max_eval=500, init_eval=50, verbose=False
+    )
+    attacked = attack.generate(X)
+    near = np.abs(attacked - X).max(axis=(1, 2, 3)) <= eps
+    return np.where(near[:, None, None, None], attacked, X)
+
+
+def rows_of(task, settings):
+    own = settings["data"][task.name]
+    X, y = task.X_test, task.y_test
+    eps = ATTACKS[task.name][0]
+    n_rows = {"adaptive": own["n_adaptive"], "Square on scores": own["n_square"]}
+    n_rows["HopSkipJump"] = own["n_hop_skip_jump"]
+    transferred = attack_network(task, X, y, eps)
+
+    def row(name, parameters, kind, radius, right):
+        line = {
+            "data": task.title,
+            "network": task.network_name,
+            "classifier": name,
+            "parameters": describe(parameters),
+            "seed": 0,
+            "attack": kind,
+            "eps": f"{radius * 255:.0f}/255",
+            "test rows": len(right),
+            "right": share(right),
+        }
+        print(*list(line.values())[2:], flush=True)
+        return line
+
+    right = {"none": predict_network(task.network, X) == y}
+    right |= {k: predict_network(task.network, Z) == y for k, Z in transferred.items()}
+    for kind, r in right.items():
+        yield row("network", {}, kind, eps, r)
+    yield row("network", {}, "worst", eps, np.all(list(right.values()), axis=0))
+    for entry in own["classifier"]:
+        name, parameters = entry["name"], entry["parameters"]
+        fitted = task.fit(entry["kind"], parameters)
+        right = {"none": fitted.predict(X) == y}
+        right |= {k: fitted.predict(Z) == y for k, Z in transferred.items()}
+
+        def adaptive(fitted, X, y, eps):
+            options = settings["adaptive"]
+            attack = AdaptiveKNNAttack(fitted, task.X, task.y, eps=eps, random_state=0, **options)
+            return attack.generate(X, y)
+
+        direct = {
+            "adaptive": adaptive,
+            "Square on scores": by_square,
+            "HopSkipJump": by_hop_skip_jump,
+        }
+        for kind, make in direct.items():
+            n = min(n_rows[kind], len(X))
+            attacked = make(fitted, X[:n], y[:n], eps).astype(np.float32)
+            right[kind] = fitted.predict(attacked) == y[:n]
+        for kind, r in right.items():
+            yield row(name, parameters, kind, eps, r)
+        # Over the rows of the adaptive attack; the dearer attacks count where they were tried.
+        worst = right["adaptive"].copy()
+        for r in right.values():
+            worst[: len(r)] &= r[: len(worst)]
+        yield row(name, parameters, "worst", eps, worst)
+        for factor in settings["eps_factors"]:
+            n = min(settings["n_curve"], len(X))
+            attacked = adaptive(fitted, X[:n], y[:n], factor * eps)
+            yield row(name, parameters, "adaptive", factor * eps, fitted.predict(attacked) == y[:n])
+
+
+def main():
+    options, settings = parse(__file__)
+    for name in options.names:
+        write("attacks", list(rows_of(Task(name, settings, options), settings)), options)
+
+
+if __name__ == "__main__":
+    main()

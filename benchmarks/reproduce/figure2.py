@@ -1,0 +1,77 @@
+"""The paper's Figure 2: ``python figure2.py mnist --data-home DIR``.
+
+Mean affinity of populations over the generations: to the antigen that they were flocked and bred
+for, and to another one, of another class. A population at generation g is what ``generations=g``
+gives, since random numbers are a function of seed, layer and generation.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from common import Task, parse, write
+
+from sklearn_rails import TorchFeatureExtractor
+from sklearn_rails.inspection import AffinityCurveDisplay
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+
+
+def curves_of(task, settings):
+    """Give the curves of the antigens, and of others with which the populations do not match."""
+    own = settings["data"][task.name]
+    rails = task.fit("RAILS", own["parameters"])
+    layer = rails.layers_[0]
+    X, y = task.X_test, task.y_test
+    # The next row of another class.
+    others = np.array([i + 1 + np.argmax(np.roll(y, -i - 1) != y[i]) for i in range(len(X))])
+    others %= len(X)
+    extract = TorchFeatureExtractor(task.network, layers=layer, input_shape=X.shape[1:]).fit(X)
+    antigens = extract.transform(X)
+    curves = {"antigen": [], "mismatched antigen": []}
+    n_generations = rails.generations
+    for generation in range(n_generations + 1):
+        # All cells, and not the best of them.
+        rails.set_params(generations=generation, memory_fraction=1.0, early_stopping=False)
+        points = {name: [] for name in curves}
+        for i in range(len(X)):
+            cells = extract.transform(rails.respond(X[i : i + 1]).memory[layer][0])
+            for name, j in zip(curves, (i, others[i]), strict=True):
+                points[name].append(-np.linalg.norm(cells - antigens[j], axis=1).mean())
+        for name, values in points.items():
+            curves[name].append(values)
+        print(generation, *(f"{name}: {np.mean(p):.3f}" for name, p in points.items()), flush=True)
+    return {name: np.array(points).T for name, points in curves.items()}, layer
+
+
+def main():
+    options, settings = parse(__file__)
+    mpl.use("Agg")
+    for name in options.names:
+        task = Task(name, settings, options)
+        curves, layer = curves_of(task, settings)
+        display = AffinityCurveDisplay(curves, layer=layer).plot()
+        display.ax_.set_title(f"{task.title}, {len(task.X_test)} test rows")
+        display.figure_.savefig(IMAGES / f"figure2_{name}.png", dpi=120, bbox_inches="tight")
+        lines = [
+            {
+                "data": task.title,
+                "layer": layer,
+                "parameters": settings["data"][name]["parameters"],
+                "seed": 0,
+                "test rows": len(values),
+                "curve": label,
+                "generation": generation,
+                "mean affinity": round(float(values[:, generation].mean()), 4),
+                "standard error": round(
+                    float(values[:, generation].std(ddof=1) / len(values) ** 0.5), 4
+                ),
+            }
+            for label, values in curves.items()
+            for generation in range(values.shape[1])
+        ]
+        write("figure2", lines, options)
+
+
+if __name__ == "__main__":
+    main()
