@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench reproduce clean
 
 # The stamp is the last thing an install writes: an interrupted one is done again.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
@@ -30,5 +30,14 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/bench_limits.py
 
+# DATA_HOME is a folder with mnist.npz and the like; without it they come from OpenML.
+ROWS ?= 1000
+DATA := $(if $(DATA_HOME),--data-home "$(DATA_HOME)")
+
+reproduce: $(STAMP)
+	for script in table1 study attacks figure2; do \
+		$(BIN)/python benchmarks/reproduce/$$script.py --rows $(ROWS) $(DATA) || exit 1; \
+	done
+
 clean:
-	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated demo_results
+	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/results demo_results

@@ -1,6 +1,8 @@
 """Configuration of the documentation. It builds without a network."""
 
+import csv
 import re
+from pathlib import Path
 
 from sklearn_rails import __version__
 
@@ -48,6 +50,21 @@ def quote_shapes(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"\((n[a-z_]*,[^()`]*)\)", r"``(\1)``", line) for line in lines]
 
 
+def shorten_results(app):
+    """Copy the tables of benchmarks/results without what a page has no room for."""
+    for path in (Path(app.srcdir).parent / "benchmarks" / "results").glob("*.csv"):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = [name for name in rows[0] if name not in ("network", "seed", "versions")]
+        shortened = Path(app.srcdir) / "results" / path.name
+        shortened.parent.mkdir(exist_ok=True)
+        with shortened.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def setup(app):
+    app.connect("builder-inited", shorten_results)
     # Before numpydoc, which reads the docstring at 500.
     app.connect("autodoc-process-docstring", quote_shapes, priority=400)

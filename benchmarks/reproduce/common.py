@@ -23,14 +23,16 @@ CLASSIFIERS = {"DkNN": DkNNClassifier, "RAILS": RAILSClassifier}
 
 
 def parse(script):
-    """Read the command line, and the settings that stand beside a script."""
-    settings = tomllib.loads(Path(script).with_suffix(".toml").read_text())
+    """Read the command line and the settings, which by default stand beside a script."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", default=list(settings["data"]), help="data sets")
+    parser.add_argument("names", nargs="*", help="data sets; none: all of the settings")
+    parser.add_argument("--settings", type=Path, default=Path(script).with_suffix(".toml"))
     parser.add_argument("--rows", type=int, help="test rows at most")
     parser.add_argument("--data-home", help="folder of the data sets, else what OpenML gives")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the CSV files go")
     options = parser.parse_args()
+    settings = tomllib.loads(options.settings.read_text())
+    options.names = options.names or list(settings["data"])
     unknown = set(options.names) - set(settings["data"])
     if unknown:
         parser.error(f"names must be of {list(settings['data'])}, got {sorted(unknown)}.")

@@ -5,16 +5,12 @@ for, and to another one, of another class. A population at generation g is what 
 gives, since random numbers are a function of seed, layer and generation.
 """
 
-from pathlib import Path
-
 import matplotlib as mpl
 import numpy as np
 from common import Task, parse, write
 
 from sklearn_rails import TorchFeatureExtractor
 from sklearn_rails.inspection import AffinityCurveDisplay
-
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def curves_of(task, settings):
@@ -52,7 +48,9 @@ def main():
         curves, layer = curves_of(task, settings)
         display = AffinityCurveDisplay(curves, layer=layer).plot()
         display.ax_.set_title(f"{task.title}, {len(task.X_test)} test rows")
-        display.figure_.savefig(IMAGES / f"figure2_{name}.png", dpi=120, bbox_inches="tight")
+        options.results.mkdir(parents=True, exist_ok=True)
+        path = options.results / f"figure2_{name}.png"
+        display.figure_.savefig(path, dpi=120, bbox_inches="tight")
         lines = [
             {
                 "data": task.title,

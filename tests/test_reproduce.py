@@ -1,0 +1,120 @@
+"""The scripts of benchmarks/reproduce run from end to end on few rows."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "reproduce"
+ROWS = "n_train = 300\nn_validation = 20\nn_calibration = 20\nn_test = 15\n"
+SETTINGS = {
+    "table1": ROWS
+    + """
+baseline = "DkNN"
+[data.digits]
+paper = { RAILS = "97.95 / 76.67" }
+[[data.digits.classifier]]
+name = "DkNN"
+kind = "DkNN"
+grid = { layers = ["input", ["conv1", "conv2"]], n_neighbors = [1, 5] }
+[[data.digits.classifier]]
+name = "RAILS"
+kind = "RAILS"
+n_test = 10
+parameters = { layers = "conv1", population_size = 30 }
+""",
+    "attacks": ROWS
+    + """
+n_curve = 3
+eps_factors = [0.5]
+[adaptive]
+max_iter = 10
+n_restarts = 1
+[data.digits]
+n_adaptive = 5
+n_square = 3
+n_hop_skip_jump = 2
+[[data.digits.classifier]]
+name = "RAILS"
+kind = "RAILS"
+parameters = { layers = "input", population_size = 30 }
+""",
+    "study": ROWS
+    + """
+[[variation]]
+tau_factor = 2.0
+[data.digits]
+base = { layers = "conv1", population_size = 30 }
+[[data.digits.variation]]
+affinity = "cosine"
+""",
+    "figure2": ROWS
+    + """
+[data.digits]
+parameters = { layers = "conv1", population_size = 30, generations = 2 }
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    return tmp_path_factory.mktemp("networks")
+
+
+def run(script, *arguments, networks):
+    return subprocess.run(
+        [sys.executable, SCRIPTS / f"{script}.py", *map(str, arguments)],
+        env=os.environ | {"SKLEARN_RAILS_CACHE": str(networks), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_a_script_writes_its_results(script, networks, tmp_path):
+    settings = tmp_path / "settings.toml"
+    settings.write_text(SETTINGS[script])
+    results = tmp_path / "results"
+    done = run(script, "digits", "--settings", settings, "--results", results, networks=networks)
+    assert done.returncode == 0, done.stderr
+    with (results / f"{script}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["data"] for row in rows} == {"Digits (1,347 / 450)"}
+    assert all("torch" in row["versions"] for row in rows)
+    if script == "table1":
+        assert [row["classifier"] for row in rows] == ["network", "DkNN", "RAILS"]
+        assert [row["test rows"] for row in rows] == ["15", "15", "10"]
+        assert "n_neighbors" in rows[1]["parameters"]
+        assert rows[1]["robust against DkNN"] == ""
+        assert "±" in rows[2]["robust against DkNN"]
+    elif script == "attacks":
+        shares = {(r["classifier"], r["attack"], r["eps"]): r["right"] for r in rows}
+        assert len(shares) == len(rows) == 6 + 9 + 1
+        worst = float(shares["RAILS", "worst", "60/255"].split()[0])
+        assert worst <= float(shares["RAILS", "adaptive", "60/255"].split()[0])
+    elif script == "study":
+        assert [row["changed"][:8] for row in rows] == ["nothing ", '{"tau_fa', '{"affini']
+        assert rows[0]["clean against defaults"].startswith("+0.0")
+    else:
+        affinity = {(r["curve"], r["generation"]): float(r["mean affinity"]) for r in rows}
+        assert affinity["antigen", "2"] > affinity["antigen", "0"]
+        assert affinity["antigen", "2"] > affinity["mismatched antigen", "2"]
+        assert (results / "figure2_digits.png").stat().st_size > 5_000
+
+
+def test_results_of_other_data_stay_and_unknown_data_are_named(networks, tmp_path):
+    settings = tmp_path / "settings.toml"
+    settings.write_text(SETTINGS["study"])
+    (tmp_path / "study.csv").write_text('data,layer\nMNIST,conv1\n"Digits (1,347 / 450)",old\n')
+    done = run("study", "--settings", settings, "--results", tmp_path, networks=networks)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "study.csv").read_text().splitlines()
+    assert sum(line.startswith("MNIST") for line in lines) == 1
+    assert not any(",old" in line for line in lines)
+    failed = run("study", "mnist", "--settings", settings, networks=networks)
+    assert failed.returncode != 0
+    assert "names must be of ['digits'], got ['mnist']" in failed.stderr
