@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from torch.nn.functional import normalize, one_hot, pad
 from tqdm.auto import tqdm
 
 from .._dknn import DkNNClassifier
@@ -227,7 +228,14 @@ class AdaptiveKNNAttack:
                     references = {k: (f[kept], there[kept]) for k, (f, there) in references.items()}
                 if len(left) == 0 or iteration == self.max_iter:
                     break
-            gradient = self._slope(points[left], labels[left], references, scales, restart)
+                with torch.no_grad():
+                    here = self._defence.features(points[left])
+                nearness = {
+                    layer: nearness_to(self._defence.affinity, members.flatten(1, 2), here[layer])
+                    for layer, (members, _) in references.items()
+                }
+                there = {layer: valid for layer, (_, valid) in references.items()}
+            gradient = self._slope(points[left], labels[left], nearness, there, scales, restart)
             points[left] = self._into_ball(points[left] + self.step * gradient.sign(), rows[left])
         return points, wrong
 
@@ -248,14 +256,13 @@ class AdaptiveKNNAttack:
         points = points.clamp(rows - self.eps, rows + self.eps)
         return points if self.clip is None else points.clamp(*self.clip)
 
-    def _slope(self, points, labels, references, scales, restart):
+    def _slope(self, points, labels, nearness, there, scales, restart):
         points = points.detach().requires_grad_()
         total = 0
-        own = torch.nn.functional.one_hot(labels, len(self.estimator.classes_)).bool()
+        own = one_hot(labels, len(self.estimator.classes_)).bool()
         for layer, features in self._defence.features(points).items():
-            members, there = references[layer]
-            affinity = affinity_to(self._defence.affinity, features, members.flatten(1, 2))
-            affinity = affinity.reshape(there.shape).masked_fill(~there, -torch.inf)
+            affinity = nearness[layer](features).reshape(there[layer].shape)
+            affinity = affinity.masked_fill(~there[layer], -torch.inf)
             scores = torch.logsumexp(affinity / scales[layer], dim=2)
             if restart % 4 < 2:
                 others = scores.masked_fill(own, -torch.inf).amax(dim=1)
@@ -263,6 +270,38 @@ class AdaptiveKNNAttack:
                 others = torch.logsumexp(scores, dim=1)
             total = total + (others - scores[own]).sum()
         return torch.autograd.grad(total, points)[0]
+
+
+def nearness_to(affinity, members, origin):
+    """Give a function that compares features with constant references, and reads these only once.
+
+    Parameters
+    ----------
+    affinity : {"euclidean", "cosine", "inner_product"} or callable
+    members : torch.Tensor of shape (n, n_members, n_features)
+    origin : torch.Tensor of shape (n, n_features)
+        Features near those that will be compared.
+
+    Returns
+    -------
+    callable
+        From a tensor of shape (n, n_features) to the affinities (n, n_members).
+    """
+    if affinity == "euclidean":
+        # Seen from there, small distances are not lost to rounding.
+        moved = members - origin[:, None]
+        squares = moved.square().sum(dim=2)
+
+        def nearness(features):
+            step = features - origin
+            products = torch.bmm(moved, step[:, :, None])[..., 0]
+            return -(squares - 2 * products + step.square().sum(1)[:, None]).clamp(1e-12).sqrt()
+
+        return nearness
+    if affinity == "cosine":
+        members = normalize(members, dim=2)
+        return lambda features: torch.bmm(members, normalize(features, dim=1)[..., None])[..., 0]
+    return lambda features: affinity_to(affinity, features, members)
 
 
 class _Neighbors:
@@ -360,7 +399,7 @@ class _Populations:
         there = affinity.gather(2, places) > -torch.inf
         cells = population.cells[torch.arange(n_rows, device=rows.device)[:, None, None], places]
         _, index = rails._flock(rails._features(rows)[layer], layer)
-        index = torch.nn.functional.pad(index, (0, k), value=-1)[..., : places.shape[2]]
+        index = pad(index, (0, k), value=-1)[..., : places.shape[2]]
         died_out = ~there.any(dim=2, keepdim=True)
         there = torch.where(died_out, index >= 0, there)
         cells = torch.where(died_out[..., None], rails._bank()[index.clamp(min=0)], cells)

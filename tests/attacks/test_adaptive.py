@@ -6,8 +6,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier
 from sklearn_rails.attacks import AdaptiveKNNAttack
+from sklearn_rails.attacks._adaptive import nearness_to
 from sklearn_rails.datasets import load_digit_images
 from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.immune.affinity import affinity_to
 from sklearn_rails.metrics import robust_accuracy_score
 
 # What a few steps suffice for; the defaults are for evaluations.
@@ -184,3 +186,16 @@ def test_unknown_classes_of_the_rows_are_named(task):
     attack = AdaptiveKNNAttack(defence("k-NN", network, X, y), X, y, eps=0.1)
     with pytest.raises(ValueError, match="X comes with classes that the estimator has not: .11"):
         attack.generate(X_test, np.full(len(X_test), 11))
+
+
+@pytest.mark.parametrize("affinity", ["euclidean", "cosine", "inner_product"])
+def test_quick_nearness_is_the_affinity_and_so_is_its_slope(affinity):
+    rng = torch.Generator().manual_seed(0)
+    members = 100 + torch.randn(2, 3, 50, generator=rng)
+    features = (members[:, 0] + 0.01 * torch.randn(2, 50, generator=rng)).requires_grad_()
+    origin = features.detach() + 0.1 * torch.randn(2, 50, generator=rng)
+    exact = affinity_to(affinity, features.double(), members.double())
+    quick = nearness_to(affinity, members, origin)(features)
+    torch.testing.assert_close(quick.double(), exact, rtol=1e-3, atol=1e-4)
+    slopes = [torch.autograd.grad(values.sum(), features)[0] for values in (exact, quick)]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-2, atol=1e-3)
