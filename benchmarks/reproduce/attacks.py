@@ -32,11 +32,14 @@ def attack_network(task, X, y, eps):
         device_type="cpu",
     )
     step = step * eps / radius
+    auto = AutoAttack(target, eps=eps, eps_step=eps / 4)
+    for part in auto.attacks:
+        part.set_params(verbose=False)
     return {
         "PGD": pgd(task.network, X, y, eps=eps, step=step, max_iter=max_iter),
         "FGSM": FastGradientMethod(target, eps=eps).generate(X, y),
         "Square": SquareAttack(target, eps=eps, max_iter=1000, verbose=False).generate(X, y),
-        "AutoAttack": AutoAttack(target, eps=eps, eps_step=eps / 4).generate(X, y),
+        "AutoAttack": auto.generate(X, y),
     }
 
 

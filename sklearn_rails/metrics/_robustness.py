@@ -68,8 +68,8 @@ def make_robust_scorer(attack):
     Parameters
     ----------
     attack : callable
-        ``attack(network, X, y)`` gives attacked copies of ``X``, an array of shape (n,
-        *input_shape), for a ``torch.nn.Module`` in eval mode and the classes ``y`` as they are
+        ``attack(network, X, y)`` gives attacked copies of ``X``, an array of shape
+        (n, *input_shape), for a ``torch.nn.Module`` in eval mode and the classes ``y`` as they are
         given to the search. It must be a function of these alone. With ``n_jobs`` it must pickle.
 
     Returns
