@@ -157,12 +157,14 @@ def pgd(network, X, y, *, eps=EPS, step=20 / 255, max_iter=20):
             "pgd requires adversarial-robustness-toolbox. You can install it with "
             "`pip install sklearn-rails[attacks]`."
         ) from error
-    module = as_module(network, "network")
+    module = as_module(network, "network").eval()
+    with torch.no_grad():
+        n_classes = module(torch.from_numpy(X[:1])).shape[1]
     target = PyTorchClassifier(
         module,
         loss=nn.CrossEntropyLoss(),
         input_shape=X.shape[1:],
-        nb_classes=module(torch.from_numpy(X[:1])).shape[1],
+        nb_classes=n_classes,
         clip_values=(0, 1),
         device_type="cpu",
     )

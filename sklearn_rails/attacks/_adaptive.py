@@ -374,12 +374,18 @@ class _Populations:
     def respond(self, rows):
         """Give the references in each layer, and which of them are there, and the answers."""
         references, answers = {}, []
+        neighbors = {
+            layer: self._estimator._flock(features, layer)[1]
+            for layer, features in self._estimator._features(rows).items()
+        }
         for rails in self._known:
             votes, ties = 0, 0
             for layer, flocked, population in rails._mature(rows, lambda n: None, keep_cells=True):
                 layer_votes, layer_ties, _ = rails._vote(layer, flocked, population)
                 votes, ties = votes + layer_votes, ties + layer_ties
-                references.setdefault(layer, []).append(self._best(population, rows, layer))
+                references.setdefault(layer, []).append(
+                    self._best(population, neighbors[layer], layer)
+                )
             scores = torch.from_numpy(rails._join_votes(votes, ties))
             answers.append(scores.argmax(dim=1).to(rows.device))
         joined = {
@@ -388,18 +394,18 @@ class _Populations:
         }
         return joined, torch.stack(answers).mode(dim=0).values
 
-    def _best(self, population, rows, layer):
+    def _best(self, population, neighbors, layer):
         """Give each class's fittest cells' features, or its neighbours' where it died out."""
-        rails = self._estimator
-        n_rows, n_classes, k = len(rows), len(rails.classes_), self._n_cells
-        classes = torch.arange(n_classes, device=rows.device)[:, None]
+        rails, k = self._estimator, self._n_cells
+        n_rows, n_classes, _ = neighbors.shape
+        classes = torch.arange(n_classes, device=neighbors.device)[:, None]
         of_class = population.labels[:, None] == classes
         affinity = population.affinity[:, None].masked_fill(~of_class, -torch.inf)
         places = fittest(affinity.flatten(0, 1), k).reshape(n_rows, n_classes, -1)
         there = affinity.gather(2, places) > -torch.inf
-        cells = population.cells[torch.arange(n_rows, device=rows.device)[:, None, None], places]
-        _, index = rails._flock(rails._features(rows)[layer], layer)
-        index = pad(index, (0, k), value=-1)[..., : places.shape[2]]
+        rows = torch.arange(n_rows, device=neighbors.device)[:, None, None]
+        cells = population.cells[rows, places]
+        index = pad(neighbors, (0, k), value=-1)[..., : places.shape[2]]
         died_out = ~there.any(dim=2, keepdim=True)
         there = torch.where(died_out, index >= 0, there)
         cells = torch.where(died_out[..., None], rails._bank()[index.clamp(min=0)], cells)
