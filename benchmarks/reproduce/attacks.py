@@ -12,7 +12,7 @@ from art.estimators.classification import (
     BlackBoxClassifierNeuralNetwork,
     PyTorchClassifier,
 )
-from common import Task, describe, parse, predict_network, share, write
+from common import describe, main, predict_network, share
 from torch import nn
 from train import ATTACKS
 
@@ -128,11 +128,5 @@ def rows_of(task, settings):
             yield row(name, parameters, "adaptive", factor * eps, fitted.predict(attacked) == y[:n])
 
 
-def main():
-    options, settings = parse(__file__)
-    for name in options.names:
-        write("attacks", list(rows_of(Task(name, settings, options), settings)), options)
-
-
 if __name__ == "__main__":
-    main()
+    main(__file__, rows_of)

@@ -39,6 +39,14 @@ def parse(script):
     return options, settings
 
 
+def main(script, rows_of):
+    """Write the results of a script, one data set after the other."""
+    options, settings = parse(script)
+    for name in options.names:
+        rows = list(rows_of(Task(name, settings, options), settings))
+        write(Path(script).stem, rows, options)
+
+
 class Task:
     """A data set, a network, and the rows that a script looks at."""
 

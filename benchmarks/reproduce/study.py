@@ -4,7 +4,7 @@ Varies one thing at a time about RAILS's defaults and compares clean and robust 
 the network) on the same validation rows, row by row.
 """
 
-from common import Task, describe, difference, parse, share, write
+from common import describe, difference, main, share
 from train import attack
 
 
@@ -37,11 +37,5 @@ def rows_of(task, settings):
         yield line
 
 
-def main():
-    options, settings = parse(__file__)
-    for name in options.names:
-        write("study", list(rows_of(Task(name, settings, options), settings)), options)
-
-
 if __name__ == "__main__":
-    main()
+    main(__file__, rows_of)

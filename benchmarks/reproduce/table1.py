@@ -7,7 +7,7 @@ network nor a classifier has seen.
 
 from functools import partial
 
-from common import Task, describe, difference, parse, predict_network, share, write
+from common import describe, difference, main, predict_network, share
 from train import attack
 
 
@@ -46,11 +46,5 @@ def rows_of(task, settings):
         }
 
 
-def main():
-    options, settings = parse(__file__)
-    for name in options.names:
-        write("table1", list(rows_of(Task(name, settings, options), settings)), options)
-
-
 if __name__ == "__main__":
-    main()
+    main(__file__, rows_of)
