@@ -20,9 +20,9 @@ from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.demo import pgd
 
 
-def attack_network(task, X, y, eps):
+def attack_network(task, X, y):
     """Give the examples of every attack on the bare network."""
-    radius, step, max_iter = ATTACKS[task.name]
+    eps, step, max_iter = ATTACKS[task.name]
     target = PyTorchClassifier(
         task.network,
         loss=nn.CrossEntropyLoss(),
@@ -31,7 +31,6 @@ def attack_network(task, X, y, eps):
         clip_values=(0, 1),
         device_type="cpu",
     )
-    step = step * eps / radius
     auto = AutoAttack(target, eps=eps, eps_step=eps / 4)
     for part in auto.attacks:
         part.set_params(verbose=False)
@@ -73,7 +72,7 @@ def rows_of(task, settings):
     eps = ATTACKS[task.name][0]
     n_rows = {"adaptive": own["n_adaptive"], "Square on scores": own["n_square"]}
     n_rows["HopSkipJump"] = own["n_hop_skip_jump"]
-    transferred = attack_network(task, X, y, eps)
+    transferred = attack_network(task, X, y)
 
     def row(name, parameters, kind, radius, right):
         line = {

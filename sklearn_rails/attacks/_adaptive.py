@@ -29,7 +29,7 @@ class AdaptiveKNNAttack:
     differentiates through the layers that the defence looks at. In each of them a class scores
     the softened nearness of its references,
 
-    .. math:: s_c = \log \sum_{i \\in R_c} \exp(A(f(x'), f(r_i)) / T),
+    .. math:: s_c = \log \sum_{i \in R_c} \exp(A(f(x'), f(r_i)) / T),
 
     and the attack climbs the sum over the layers of :math:`\max_{c \ne y} s_c - s_y` (in every
     second pair of restarts of the cross-entropy of the scores) by signed steps in an L-infinity

@@ -120,6 +120,12 @@ class _RobustScorer:
         # The name goes with a pickle: worker processes find the rows in the same place.
         self._folder = tempfile.mkdtemp(dir=_folder())
 
+    def __setstate__(self, state):
+        vars(self).update(state)
+        # The process that made the folder may have ended, as when a saved search is loaded.
+        if not Path(self._folder).is_dir():
+            self._folder = tempfile.mkdtemp(dir=_folder())
+
     def __repr__(self):
         return f"make_robust_scorer({self._attack!r})"
 

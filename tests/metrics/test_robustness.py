@@ -1,3 +1,5 @@
+import pickle
+import shutil
 from functools import partial
 
 import joblib
@@ -38,6 +40,10 @@ def log_and_darken(network, X, y, *, folder):
     path.write_text(path.read_text() + "again" if path.exists() else "once")
     network(torch.from_numpy(X)).sum().backward()
     return np.clip(X - 0.4, 0, 1)
+
+
+def leave_alone(network, X, y):
+    return X
 
 
 @pytest.fixture
@@ -101,6 +107,16 @@ def test_in_a_pipeline_rows_are_attacked_where_the_network_sees_them(digits, net
     assert make_robust_scorer(attack)(alone, X[200:260], y[200:260]) == alone.score(
         X[200:260], y[200:260]
     )
+
+
+def test_a_scorer_that_is_loaded_after_its_process_has_ended_finds_a_place(digits, network):
+    X, y = digits[0][:100], digits[1][:100]
+    fitted = DkNNClassifier(network, layers="input", random_state=0).fit(X, y)
+    scorer = make_robust_scorer(leave_alone)
+    expected = scorer(fitted, X, y)
+    saved = pickle.dumps(scorer)
+    shutil.rmtree(scorer._folder)
+    assert pickle.loads(saved)(fitted, X, y) == expected
 
 
 def test_what_cannot_be_attacked_is_named(digits, network):
