@@ -26,7 +26,7 @@ from .features import (
 )
 from .immune.affinity import affinity_to
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
-from .immune.flocking import ClassNeighbors, scale_of_affinity
+from .immune.flocking import ClassNeighbors, drop_own, scale_of_affinity
 from .immune.maturation import (
     Schedule,
     clone_neighbors,
@@ -35,13 +35,18 @@ from .immune.maturation import (
     mutation_steps,
 )
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
+from .immune.sensing import conformal_p_values, disagreement
 
 # Random numbers for so many elements of cells are kept for the next block of rows.
 CACHED_NUMBERS = 8 * 2**20
 
-# Training rows whose features are computed together; and how many tell the scale of tau.
+# Rows whose features are computed together, where they need no population.
 FIT_ROWS = 1024
+
+# Training rows that tell the scale of tau, and by which the network's labels are judged: enough
+# for a rate of 5 % to be met within a point (one standard deviation 0.7).
 TAU_ROWS = 256
+CALIBRATION_ROWS = 1000
 
 # Arrays of the populations' size that a generation holds at a time.
 POPULATIONS_HELD = 6
@@ -98,6 +103,10 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         input.
     clip : "auto", None or pair of float, default="auto"
         Bounds of the cells: [0, 1] if all training values lie in it, else each feature's range.
+    arbitration : float, default=None
+        Between 0 and 1: the network's own label stands, and no population is bred, unless its
+        p-value, by the flocked neighbours, is this or less. That is about the share of clean rows
+        that are put to the vote. None puts every row to the vote, as the paper does.
     early_stopping : bool, default=True
         Let a row be once its plasma has been of one and the same class in two generations in a
         row. False breeds all generations.
@@ -169,10 +178,18 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
     cross-over; here the fitter parent gives more (see ``crossover``). Predictions on the training
     rows see the rows themselves among their neighbours.
 
+    Arbitration is not in the paper; its p-values are conformal, as those of deep k-nearest
+    neighbours [2]_. The nonconformity of a label is by how much the flock of another class is
+    nearer than the flock of its own, in units of tau, on the mean over the layers. It is compared
+    with that of 1,000 training rows, each left out of its own neighbours, for the labels that the
+    network gives them. The network's outputs must be in the order of ``classes_``.
+
     References
     ----------
     .. [1] R. Wang, T. Chen, S. Lindsly, C. Stansbury, I. Rajapakse, A. Hero, "Immuno-mimetic Deep
        Neural Networks (Immuno-Net)", 2021, arXiv:2107.02842.
+    .. [2] N. Papernot, P. McDaniel, "Deep k-Nearest Neighbors: Towards Confident, Interpretable
+       and Robust Deep Learning", 2018, arXiv:1803.04765.
 
     Examples
     --------
@@ -202,6 +219,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         "crossover": [StrOptions({"affinity", "uniform"})],
         "start_layer": [None, str],
         "clip": [StrOptions({"auto"}), None, "array-like"],
+        "arbitration": [None, Interval(Real, 0, 1, closed="neither")],
         "early_stopping": ["boolean"],
         "algorithm": [
             StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
@@ -233,6 +251,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         crossover="affinity",
         start_layer=None,
         clip="auto",
+        arbitration=None,
         early_stopping=True,
         algorithm="auto",
         storage="memory",
@@ -261,6 +280,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self.crossover = crossover
         self.start_layer = start_layer
         self.clip = clip
+        self.arbitration = arbitration
         self.early_stopping = early_stopping
         self.algorithm = algorithm
         self.storage = storage
@@ -311,6 +331,8 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             )
         self._features = feature_map(self, self.feature_extractor, self.start_layer)
         self._features.probe(X)
+        if self.arbitration is not None:
+            self._check_outputs(X)
         for layer in self._features.layers:
             self._features.choose_layout(layer, **self._comparison())
         self.layers_ = self._features.layers
@@ -333,6 +355,9 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             self.tau_ = self._scale_tau(X)
         else:
             self.tau_ = dict.fromkeys(self.layers_, float(self.tau))
+        vars(self).pop("_calibration", None)
+        if self.arbitration is not None:
+            self._calibration = self._judge_training_rows(X)
         vars(self).pop("threat_scorer_", None)
         if self.threat_scorer is not None:
             self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
@@ -368,8 +393,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             The scores of ``decision_function``, class by class, over their sum.
         """
         check_is_fitted(self)
-        scores = self._decide(X)
-        return scores / scores.sum(axis=1, keepdims=True)
+        return _shares(self._decide(X))
 
     def decision_function(self, X):
         """Give the classes' votes, and less than a vote for their affinity.
@@ -384,7 +408,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         ndarray of shape (n, n_classes), or (n,) for two classes, float64
             Plasma cells of all layers that are of the class, plus at most half a vote that grows
             with the highest affinity in the class. For two classes the difference, positive for
-            ``classes_[1]``.
+            ``classes_[1]``. With ``arbitration``, a network's label that stands has all votes.
         """
         check_is_fitted(self)
         scores = self._decide(X)
@@ -432,13 +456,72 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         check_is_fitted(self)
         rows = validate_rows(self, X)
         response = join_responses(self._answer(rows, self._respond_block))
+        if self.arbitration is not None:
+            scores, p_values = self._arbitrate(rows)
+            stands = p_values > self.arbitration
+            proba = np.where(stands[:, None], _shares(scores), response.proba)
+            labels = self.classes_[proba.argmax(axis=1)]
+            response = replace(response, proba=proba, labels=labels, p_values=p_values)
         if not hasattr(self, "threat_scorer_"):
             return response
         return replace(response, threat=-self.threat_scorer_.score_samples(X))
 
     def _decide(self, X):
         X = validate_rows(self, X)
-        return np.concatenate(self._answer(X, self._score_block))
+        if self.arbitration is None:
+            return np.concatenate(self._answer(X, self._score_block))
+        scores, p_values = self._arbitrate(X)
+        contested = np.flatnonzero(p_values <= self.arbitration)
+        if len(contested):
+            scores[contested] = np.concatenate(self._answer(X[contested], self._score_block))
+        return scores
+
+    def _arbitrate(self, X):
+        """Give the scores with which the network's labels stand, and the labels' p-values."""
+        n_plasma = n_elite(self.plasma_fraction, self.population_size)
+        scores, p_values = [], []
+        for rows in gen_batches(len(X), FIT_ROWS):
+            labels = self._features.predict(X[rows])
+            votes = len(self.layers_) * count_votes(
+                labels[:, None].expand(-1, n_plasma), len(self.classes_)
+            )
+            against, ties = 0, 0
+            for layer, features in self._features(X[rows]).items():
+                flocked, _ = self._flock(features, layer)
+                against = against + disagreement(flocked, labels) / self.tau_[layer]
+                ties = ties + tie_break(flocked[..., 0], self.tau_[layer])
+            scores.append(self._join_votes(votes, ties))
+            p_values.append(conformal_p_values(against.cpu().numpy(), self._calibration))
+        return np.concatenate(scores), np.concatenate(p_values)
+
+    def _judge_training_rows(self, X):
+        own = torch.linspace(0, len(X) - 1, min(CALIBRATION_ROWS, len(X))).long().unique()
+        against = []
+        for rows in own.split(FIT_ROWS):
+            labels, total = self._features.predict(X[rows.tolist()]), 0
+            for layer, features in self._features(X[rows.tolist()]).items():
+                flock = self.neighbors_[layer].kneighbors(
+                    features, self.n_neighbors + 1, self._recall(layer)
+                )
+                affinity, _ = drop_own(*flock, rows.to(features.device))
+                total = total + disagreement(affinity, labels) / self.tau_[layer]
+            against.append(total.cpu().numpy())
+        return np.sort(np.concatenate(against))
+
+    def _check_outputs(self, X):
+        """Complain where the network has no answers that could be put to the vote."""
+        if not self._features.has_network:
+            raise ValueError(
+                f"arbitration={self.arbitration} is about a network's labels, but there is no "
+                "network: give a feature_extractor, or arbitration=None."
+            )
+        n_outputs, n_classes = self._features.outputs(X[:1]).shape[1], len(self.classes_)
+        if n_outputs != n_classes and (n_outputs, n_classes) != (1, 2):
+            raise ValueError(
+                f"arbitration={self.arbitration} needs a network with an output for each class, "
+                f"in the order of classes_, but it has {n_outputs} outputs and y has {n_classes} "
+                "classes."
+            )
 
     def _answer(self, X, answer_block):
         """Answer blocks of rows whose populations fit into memory."""
@@ -510,9 +593,10 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
                 by_layer[curve][layer] = getattr(population, curve).cpu().numpy()
         scores = self._join_votes(votes, ties)
         return ImmuneResponse(
-            proba=scores / scores.sum(axis=1, keepdims=True),
+            proba=_shares(scores),
             labels=self.classes_[scores.argmax(axis=1)],
             n_forward=n_forward,
+            p_values=None,
             threat=None,
             **by_layer,
         )
@@ -624,3 +708,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             state["_cells"] = torch.as_tensor(state["_cells"]).cpu().numpy()
             state["_draws"] = {}
         return state
+
+
+def _shares(scores):
+    return scores / scores.sum(axis=1, keepdims=True)

@@ -289,10 +289,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             return np.unique(y, return_inverse=True)[1]
         if not self._features.has_network:
             return np.zeros(len(X), dtype=np.int64)
-        outputs = self._features.outputs(X)
-        # A single output is the logit of the second of two classes.
-        predicted = outputs.argmax(dim=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
-        return predicted.cpu().numpy()
+        return self._features.predict(X).cpu().numpy()
 
     def _sense(self, features, own=None):
         """Give every method's raw scores: a list of arrays (n, n_scores)."""

@@ -202,6 +202,21 @@ class FeatureMap:
         output = self._network.output
         return self._collect(X, (output,))[output]
 
+    def predict(self, X):
+        """Give the network's own labels.
+
+        Parameters
+        ----------
+        X : ndarray or torch.Tensor of shape (n, n_features)
+
+        Returns
+        -------
+        torch.Tensor of shape (n,), int64
+            The output that is highest. A single output is the logit of the second of two classes.
+        """
+        outputs = self.outputs(X)
+        return outputs.argmax(dim=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
+
     def compare_cells(self, cells, layer, antigens, compare, *, any_order):
         """Run populations from the start layer to another, and compare what comes out.
 

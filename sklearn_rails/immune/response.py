@@ -33,6 +33,10 @@ class ImmuneResponse:
         The last generation that was bred.
     n_forward : int
         Cells that were pushed through the network, over all rows, layers and generations.
+    p_values : ndarray of shape (n,) or None
+        The p-values that the neighbours give to the network's own labels, with ``arbitration``.
+        Where it is above that, the label stands: ``labels`` and ``proba`` are the network's, and
+        the rest shows how the vote would have gone.
     threat : ndarray of shape (n,) or None
         The threat scores, if the classifier has a ``threat_scorer``; higher is more suspect.
     """
@@ -49,6 +53,7 @@ class ImmuneResponse:
     class_curve: dict
     n_generations: dict
     n_forward: int
+    p_values: np.ndarray | None
     threat: np.ndarray | None
 
     def __repr__(self):

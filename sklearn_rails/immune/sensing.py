@@ -88,6 +88,28 @@ def conformal_p_values(scores, calibration, *, count_own=True):
     return (at_least + count_own) / (len(calibration) + count_own)
 
 
+def disagreement(flocked, labels):
+    """Tell by how much another class's flock is nearer than that of the labels.
+
+    Parameters
+    ----------
+    flocked : torch.Tensor of shape (n, n_classes, n_neighbors)
+        Affinities of each class's neighbours, minus infinity where a class has no more.
+    labels : torch.Tensor of shape (n,), int64
+
+    Returns
+    -------
+    torch.Tensor of shape (n,)
+        The highest mean affinity of another class's neighbours minus that of the own class's;
+        infinite where the own class has none.
+    """
+    there = flocked > -torch.inf
+    mean = flocked.masked_fill(~there, 0).sum(dim=2) / there.sum(dim=2)
+    mean = mean.masked_fill(~there.any(dim=2), -torch.inf)
+    own = labels[:, None]
+    return mean.scatter(1, own, -torch.inf).amax(dim=1) - mean.gather(1, own)[:, 0]
+
+
 class ConformalScale:
     """Turn scores into evidence, minus the log of their conformal p-value on clean rows.
 
