@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from .._random import draw_seed
+from .._threat import ThreatScorer
 from .._validation import validate_rows
 from ..immune.affinity import affinity_to
 from ..immune.consensus import fittest
@@ -17,6 +18,9 @@ from ..immune.flocking import ClassNeighbors
 
 # Where the restarts set out from, in turn.
 STARTS = ("here", "toward another class", "anywhere", "anywhere", "anywhere")
+
+# A lead of the network's logits beyond this is of no use to an attacker.
+LOGIT_LEAD = 5
 
 # References' features that are compared at a time.
 BLOCK_BYTES = 128 * 2**20
@@ -36,6 +40,12 @@ class AdaptiveKNNAttack:
     ball. The references are the nearest training rows of each class; for RAILS they are each
     class's fittest cells of real responses to :math:`x'`, under several seeds. They are renewed
     every few steps, and constants in between.
+
+    Where RAILS arbitrates, the network must be fooled as well, and toward the same class: in every
+    second restart its logits are added to the scores. With a ``threat_weight`` the attack also
+    keeps away from alarms: it descends that multiple of a softened threat score, for which the same
+    :math:`s_c` are taken in the layers of the threat scorer, and only answers that are wrong and
+    raise no alarm count.
 
     Parameters
     ----------
@@ -63,6 +73,9 @@ class AdaptiveKNNAttack:
         Seeds under which RAILS's cells are bred for the attack.
     n_checks : int, default=5
         Seeds that the attack has not seen, by whose majority it judges whether RAILS is wrong.
+    threat_weight : float, default=0
+        Weight of the threat score of RAILS's ``threat_scorer``, which must be a
+        :class:`~sklearn_rails.ThreatScorer`. 0 ignores alarms.
     clip : pair of float or None, default=(0, 1)
         Bounds of the inputs.
     random_state : int, RandomState or None, default=None
@@ -73,7 +86,7 @@ class AdaptiveKNNAttack:
     Raises
     ------
     TypeError
-        If the estimator is of another kind.
+        If the estimator, or its threat scorer, is of another kind.
     ValueError
         If a number is out of range, or the training rows do not fit the estimator.
 
@@ -120,6 +133,7 @@ class AdaptiveKNNAttack:
         refresh=10,
         n_seeds=3,
         n_checks=5,
+        threat_weight=0,
         clip=(0, 1),
         random_state=None,
         verbose=0,
@@ -139,6 +153,7 @@ class AdaptiveKNNAttack:
             ("refresh", refresh, 1),
             ("n_seeds", n_seeds, 1),
             ("n_checks", n_checks, 1),
+            ("threat_weight", threat_weight, 0),
         ):
             if not value >= low:
                 raise ValueError(f"{name} must be {low} or more, got {value!r}.")
@@ -148,6 +163,7 @@ class AdaptiveKNNAttack:
         self.max_iter = max_iter
         self.n_restarts = n_restarts
         self.refresh = refresh
+        self.threat_weight = threat_weight
         self.clip = clip
         self.verbose = verbose
         self._rng = check_random_state(random_state)
@@ -159,6 +175,9 @@ class AdaptiveKNNAttack:
             self._defence = _Populations(estimator, n_references, n_seeds, n_checks, self._rng)
         else:
             self._defence = _Neighbors(estimator, train, labels, n_references)
+        self._threat = None
+        if threat_weight > 0:
+            self._threat = _Threat(estimator, train, labels, n_references)
 
     def generate(self, X, y):
         """Look for wrong answers within the balls around some rows.
@@ -173,8 +192,9 @@ class AdaptiveKNNAttack:
         Returns
         -------
         ndarray of the shape of ``X``, in the estimator's dtype
-            A point that is answered wrongly, where one was found; the other rows, and those that
-            are answered wrongly as they are, come back as they were.
+            A point that is answered wrongly (and raises no alarm, with a ``threat_weight``), where
+            one was found; the other rows, and those that are so as they are, come back as they
+            were.
 
         Raises
         ------
@@ -185,8 +205,11 @@ class AdaptiveKNNAttack:
         rows = self.estimator._features.to_device(rows)
         labels = torch.as_tensor(labels, device=rows.device)
         found = rows.clone()
-        standing = (self._defence.predict(rows) == labels).nonzero()[:, 0]
-        step = max(1, BLOCK_BYTES // self._defence.row_bytes(rows[:1]))
+        standing = (~self._is_fooled(rows, labels)).nonzero()[:, 0]
+        row_bytes = self._defence.row_bytes(rows[:1])
+        if self._threat is not None:
+            row_bytes += self._threat.row_bytes(rows[:1])
+        step = max(1, BLOCK_BYTES // row_bytes)
         with tqdm(
             total=len(standing) * self.n_restarts, unit="row", disable=not self.verbose
         ) as progress:
@@ -211,6 +234,10 @@ class AdaptiveKNNAttack:
             raise ValueError(f"{name} comes with classes that the estimator has not: {unknown}.")
         return rows, np.searchsorted(self.estimator.classes_, y)
 
+    def _is_fooled(self, points, labels):
+        wrong = self._defence.predict(points) != labels
+        return wrong if self._threat is None else wrong & ~self._threat.is_alarm(points)
+
     def _climb(self, rows, labels, restart):
         """Climb the margin from one start; give the last points and whether they are wrong."""
         points = self._into_ball(self._start(rows, labels, restart), rows)
@@ -222,7 +249,7 @@ class AdaptiveKNNAttack:
                 references, answers = self._defence.respond(points[left])
                 suspects = left[answers != labels[left]]
                 if len(suspects):
-                    wrong[suspects] = self._defence.predict(points[suspects]) != labels[suspects]
+                    wrong[suspects] = self._is_fooled(points[suspects], labels[suspects])
                     kept = (~wrong[left]).nonzero()[:, 0]
                     left = left[kept]
                     references = {k: (f[kept], there[kept]) for k, (f, there) in references.items()}
@@ -230,12 +257,14 @@ class AdaptiveKNNAttack:
                     break
                 with torch.no_grad():
                     here = self._defence.features(points[left])
-                nearness = {
-                    layer: nearness_to(self._defence.affinity, members.flatten(1, 2), here[layer])
-                    for layer, (members, _) in references.items()
+                soft_scores = {
+                    layer: soft_class_scores(
+                        self._defence.affinity, *references[layer], here[layer], scales[layer]
+                    )
+                    for layer in references
                 }
-                there = {layer: valid for layer, (_, valid) in references.items()}
-            gradient = self._slope(points[left], labels[left], nearness, there, scales, restart)
+                threat = None if self._threat is None else self._threat.soften(points[left])
+            gradient = self._slope(points[left], labels[left], soft_scores, threat, restart)
             points[left] = self._into_ball(points[left] + self.step * gradient.sign(), rows[left])
         return points, wrong
 
@@ -256,20 +285,53 @@ class AdaptiveKNNAttack:
         points = points.clamp(rows - self.eps, rows + self.eps)
         return points if self.clip is None else points.clamp(*self.clip)
 
-    def _slope(self, points, labels, nearness, there, scales, restart):
+    def _slope(self, points, labels, soft_scores, threat, restart):
         points = points.detach().requires_grad_()
         total = 0
         own = one_hot(labels, len(self.estimator.classes_)).bool()
+        lead = 0
+        if self._defence.has_arbiter and restart % 2 == 0:
+            logits = self._defence.logits(points)
+            lead = (logits - logits[own][:, None]).clamp(max=LOGIT_LEAD)
         for layer, features in self._defence.features(points).items():
-            affinity = nearness[layer](features).reshape(there[layer].shape)
-            affinity = affinity.masked_fill(~there[layer], -torch.inf)
-            scores = torch.logsumexp(affinity / scales[layer], dim=2)
+            scores = soft_scores[layer](features) + lead
             if restart % 4 < 2:
                 others = scores.masked_fill(own, -torch.inf).amax(dim=1)
             else:
                 others = torch.logsumexp(scores, dim=1)
             total = total + (others - scores[own]).sum()
+        if threat is not None:
+            total = total - self.threat_weight * threat(points).sum()
         return torch.autograd.grad(total, points)[0]
+
+
+def soft_class_scores(affinity, members, there, origin, scale):
+    """Give a function from features to the classes' softened nearness.
+
+    Parameters
+    ----------
+    affinity : {"euclidean", "cosine", "inner_product"} or callable
+    members : torch.Tensor of shape (n, n_classes, n_members, n_features)
+        Constant references.
+    there : torch.Tensor of shape (n, n_classes, n_members)
+        Which of them count.
+    origin : torch.Tensor of shape (n, n_features)
+        Features near those that will be scored.
+    scale : float
+        What affinities are divided by.
+
+    Returns
+    -------
+    callable
+        From a tensor of shape (n, n_features) to the scores (n, n_classes).
+    """
+    nearness = nearness_to(affinity, members.flatten(1, 2), origin)
+
+    def score(features):
+        close = nearness(features).reshape(there.shape).masked_fill(~there, -torch.inf)
+        return torch.logsumexp(close / scale, dim=2)
+
+    return score
 
 
 def nearness_to(affinity, members, origin):
@@ -304,45 +366,118 @@ def nearness_to(affinity, members, origin):
     return lambda features: affinity_to(affinity, features, members)
 
 
+class _References:
+    """The nearest of each class's training rows, in some layers."""
+
+    def __init__(self, features, train, labels, n_classes, n_references, affinity="euclidean"):
+        self._features = features
+        self._n_classes = n_classes
+        self._n_references = n_references
+        self.affinity = affinity
+        self._examples = features(train)
+        self._neighbors = {
+            layer: ClassNeighbors(affinity).fit(examples, labels, n_classes)
+            for layer, examples in self._examples.items()
+        }
+
+    def row_bytes(self, row):
+        widest = max(f[0].nbytes for f in self._features(row).values())
+        return widest * self._n_references * self._n_classes
+
+    def near(self, rows):
+        """Give the references in each layer, and which of them are there."""
+        references = {}
+        for layer, features in self._features(rows).items():
+            _, index = self._neighbors[layer].kneighbors(features, self._n_references)
+            references[layer] = self._examples[layer][index.clamp(min=0)], index >= 0
+        return references
+
+    def scales(self, rows):
+        """Give a third of the median distance of the k-th neighbour, in each layer."""
+        scales = {}
+        for layer, features in self._features(rows).items():
+            affinity, _ = self._neighbors[layer].kneighbors(features, self._n_references)
+            scales[layer] = _scale_of(affinity, self._n_references)
+        return scales
+
+
 class _Neighbors:
     """A DkNN classifier as the attack sees it: neighbours among fixed rows."""
 
     affinity = "euclidean"
+    has_arbiter = False
 
     def __init__(self, estimator, train, labels, n_references):
         self._estimator = estimator
-        self._n_references = n_references
-        self._examples = estimator._features(train)
-        self._neighbors = {
-            layer: ClassNeighbors().fit(features, labels, len(estimator.classes_))
-            for layer, features in self._examples.items()
-        }
-
-    def features(self, points):
-        return self._estimator._features.with_gradient(points)
-
-    def row_bytes(self, row):
-        widest = max(f[0].nbytes for f in self._estimator._features(row).values())
-        return widest * self._n_references * len(self._estimator.classes_)
+        n_classes = len(estimator.classes_)
+        self._references = _References(estimator._features, train, labels, n_classes, n_references)
+        self.row_bytes = self._references.row_bytes
+        self.scales = self._references.scales
+        self.features = estimator._features.with_gradient
 
     def predict(self, rows):
         return _positions(self._estimator, self._estimator.predict(rows), rows)
 
     def respond(self, rows):
         """Give the references in each layer, and which of them are there, and the answers."""
-        references = {}
-        for layer, features in self._estimator._features(rows).items():
-            _, index = self._neighbors[layer].kneighbors(features, self._n_references)
-            references[layer] = self._examples[layer][index.clamp(min=0)], index >= 0
-        return references, self.predict(rows)
+        return self._references.near(rows), self.predict(rows)
 
-    def scales(self, rows):
-        """Give a third of the median distance of the k-th neighbour, in each layer."""
-        scales = {}
-        for layer, features in self._estimator._features(rows).items():
-            affinity, _ = self._neighbors[layer].kneighbors(features, self._n_references)
-            scales[layer] = _scale_of(affinity, self._n_references)
-        return scales
+
+class _Threat:
+    """A threat scorer as the attack sees it: softened nearness in its layers."""
+
+    def __init__(self, rails, train, labels, n_references):
+        scorer = getattr(rails, "threat_scorer_", None)
+        scorer = getattr(scorer, "estimator", scorer)  # of a FrozenEstimator
+        if not isinstance(scorer, ThreatScorer):
+            raise TypeError(
+                "threat_weight needs a RAILSClassifier whose threat_scorer is a ThreatScorer, got "
+                f"the threat_scorer {scorer!r}."
+            )
+        self._scorer = scorer
+        n_classes = len(rails.classes_)
+        self._references = {
+            # Distances of normalised features go with their cosines.
+            method: _References(
+                scorer._features,
+                train,
+                labels,
+                n_classes,
+                n_references,
+                "cosine" if method == "distance" else "euclidean",
+            )
+            for method in scorer.methods_
+        }
+
+    def row_bytes(self, row):
+        return sum(r.row_bytes(row) for r in self._references.values())
+
+    def is_alarm(self, points):
+        return torch.from_numpy(self._scorer.predict(points) == -1).to(points.device)
+
+    def soften(self, points):
+        """Give a threat score that is differentiable near some points."""
+        features = self._scorer._features
+        with torch.no_grad():
+            here = features.with_gradient(points)
+        soft_scores = {}
+        for method, references in self._references.items():
+            near, scales = references.near(points), references.scales(points)
+            for layer in near:
+                soft_scores[method, layer] = soft_class_scores(
+                    references.affinity, *near[layer], here[layer], scales[layer]
+                )
+
+        def threat(points):
+            total, found = 0, features.with_gradient(points)
+            for (method, layer), score in soft_scores.items():
+                scores = score(found[layer])
+                total = total - scores.amax(dim=1)
+                if method == "credibility":
+                    total = total + torch.logsumexp(scores, dim=1)
+            return total
+
+        return threat
 
 
 class _Populations:
@@ -358,9 +493,15 @@ class _Populations:
             seeds[draw_seed(rng)] = None
         _, *others = [estimator._with({"seed_": seed, "_draws": {}}) for seed in seeds]
         self._known, self._unseen = others[:n_seeds], others[n_seeds:]
+        self.has_arbiter = estimator.arbitration is not None
+        self.features = estimator._features.with_gradient
 
-    def features(self, points):
-        return self._estimator._features.with_gradient(points)
+    def logits(self, points):
+        """Give the network's outputs, one for each class."""
+        output = self._estimator._features.output
+        outputs = self.features(points, (output,))[output]
+        # A single output is the logit of the second of two classes.
+        return outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))
 
     def row_bytes(self, row):
         widest = max(f[0].nbytes for f in self._estimator._features(row).values())
@@ -392,7 +533,12 @@ class _Populations:
             layer: tuple(torch.cat(parts, dim=2) for parts in zip(*bred, strict=True))
             for layer, bred in references.items()
         }
-        return joined, torch.stack(answers).mode(dim=0).values
+        answers = torch.stack(answers).mode(dim=0).values
+        if self.has_arbiter:
+            scores, p_values = (torch.from_numpy(a) for a in self._estimator._arbitrate(rows))
+            stands = (p_values > self._estimator.arbitration).to(rows.device)
+            answers = torch.where(stands, scores.argmax(dim=1).to(rows.device), answers)
+        return joined, answers
 
     def _best(self, population, neighbors, layer):
         """Give each class's fittest cells' features, or its neighbours' where it died out."""

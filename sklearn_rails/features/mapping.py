@@ -144,19 +144,26 @@ class FeatureMap:
         """
         return self._collect(X, self.layers)
 
-    def with_gradient(self, X):
-        """Give every layer's features of some rows, for torch to differentiate.
+    @property
+    def output(self):
+        """The name of the network's own output."""
+        return self._network.output
+
+    def with_gradient(self, X, layers=None):
+        """Give layers' features of some rows, for torch to differentiate.
 
         Parameters
         ----------
         X : torch.Tensor of shape (n, n_features)
             On the map's device and in its dtype.
+        layers : sequence of str, default=None
+            None takes the map's own.
 
         Returns
         -------
         dict of str to torch.Tensor of shape (n, n_layer_features)
         """
-        outputs = self._network(X.reshape(len(X), *self.input_shape), self.layers)
+        outputs = self._network(X.reshape(len(X), *self.input_shape), layers or self.layers)
         return {name: output.reshape(len(X), -1) for name, output in outputs.items()}
 
     def start(self, X):
@@ -199,8 +206,7 @@ class FeatureMap:
         -------
         torch.Tensor of shape (n, n_outputs)
         """
-        output = self._network.output
-        return self._collect(X, (output,))[output]
+        return self._collect(X, (self.output,))[self.output]
 
     def predict(self, X):
         """Give the network's own labels.
