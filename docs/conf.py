@@ -55,7 +55,7 @@ def shorten_results(app):
     for path in (Path(app.srcdir).parent / "benchmarks" / "results").glob("*.csv"):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        columns = [name for name in rows[0] if name not in ("network", "seed", "versions")]
+        columns = [name for name in rows[0] if name not in ("seed", "versions")]
         shortened = Path(app.srcdir) / "results" / path.name
         shortened.parent.mkdir(exist_ok=True)
         with shortened.open("w", newline="") as file:

@@ -25,10 +25,14 @@ name = "RAILS"
 kind = "RAILS"
 n_test = 10
 parameters = { layers = "conv1", population_size = 30 }
+[[data.digits.classifier]]
+name = "RAILS, arbitrating"
+kind = "RAILS"
+base = "RAILS"
+grid = { arbitration = [0.2, 0.5] }
 """,
     "attacks": ROWS
     + """
-n_curve = 3
 eps_factors = [0.5]
 [adaptive]
 max_iter = 10
@@ -37,10 +41,12 @@ n_restarts = 1
 n_adaptive = 5
 n_square = 3
 n_hop_skip_jump = 2
+n_curve = 3
 [[data.digits.classifier]]
 name = "RAILS"
 kind = "RAILS"
 parameters = { layers = "input", population_size = 30 }
+threat = { layers = "conv1", n_neighbors = 10 }
 """,
     "study": ROWS
     + """
@@ -86,14 +92,20 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
     assert {row["data"] for row in rows} == {"Digits (1,347 / 450)"}
     assert all("torch" in row["versions"] for row in rows)
     if script == "table1":
-        assert [row["classifier"] for row in rows] == ["network", "DkNN", "RAILS"]
-        assert [row["test rows"] for row in rows] == ["15", "15", "10"]
+        names = ["network", "DkNN", "RAILS", "RAILS, arbitrating"]
+        assert [row["classifier"] for row in rows] == names
+        assert [row["test rows"] for row in rows] == ["15", "15", "10", "15"]
+        assert "population_size" in rows[3]["parameters"]
+        assert "arbitration" in rows[3]["parameters"]
         assert "n_neighbors" in rows[1]["parameters"]
         assert rows[1]["robust against DkNN"] == ""
         assert "±" in rows[2]["robust against DkNN"]
     elif script == "attacks":
         shares = {(r["classifier"], r["attack"], r["eps"]): r["right"] for r in rows}
-        assert len(shares) == len(rows) == 6 + 9 + 1
+        assert len(shares) == len(rows) == 6 + 9 + 1 + 2
+        evading = "adaptive, threat weight 1; right or alarmed"
+        assert 0 <= float(shares["RAILS", evading, "60/255"].split()[0]) <= 100
+        assert (results / "attacks_digits.png").stat().st_size > 5_000
         worst = float(shares["RAILS", "worst", "60/255"].split()[0])
         assert worst <= float(shares["RAILS", "adaptive", "60/255"].split()[0])
     elif script == "study":
@@ -109,7 +121,9 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
 def test_results_of_other_data_stay_and_unknown_data_are_named(networks, tmp_path):
     settings = tmp_path / "settings.toml"
     settings.write_text(SETTINGS["study"])
-    (tmp_path / "study.csv").write_text('data,layer\nMNIST,conv1\n"Digits (1,347 / 450)",old\n')
+    (tmp_path / "study.csv").write_text(
+        "data,network,layer\nMNIST,mnist,conv1\nDigits,digits,old\n"
+    )
     done = run("study", "--settings", settings, "--results", tmp_path, networks=networks)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "study.csv").read_text().splitlines()

@@ -2,9 +2,11 @@
 
 Transfer attacks are made on the network; the others know the defence: the adaptive attack by its
 gradients, Square by its scores, HopSkipJump by its answers. A row counts as robust if it is right
-under every attack that was tried on it.
+under every attack that was tried on it. Where there is a threat scorer, an alarm is as good as a
+right answer.
 """
 
+import matplotlib as mpl
 import numpy as np
 from art.attacks.evasion import AutoAttack, FastGradientMethod, HopSkipJump, SquareAttack
 from art.estimators.classification import (
@@ -12,17 +14,19 @@ from art.estimators.classification import (
     BlackBoxClassifierNeuralNetwork,
     PyTorchClassifier,
 )
-from common import describe, main, predict_network, share
+from common import describe, interval, main, predict_network, share
+from matplotlib import pyplot as plt
 from torch import nn
-from train import ATTACKS
+from train import attack_settings
 
+from sklearn_rails import ThreatScorer
 from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.demo import pgd
 
 
 def attack_network(task, X, y):
     """Give the examples of every attack on the bare network."""
-    eps, step, max_iter = ATTACKS[task.name]
+    eps, step, max_iter = attack_settings(task.name)
     target = PyTorchClassifier(
         task.network,
         loss=nn.CrossEntropyLoss(),
@@ -59,25 +63,39 @@ def by_hop_skip_jump(fitted, X, y, eps):
         clip_values=(0, 1),
     )
     attack = HopSkipJump(
-        target, norm=np.inf, max_iter=10, max_eval=500, init_eval=50, verbose=False
+        target, norm=np.inf, max_iter=10, max_eval=300, init_eval=50, verbose=False
     )
     attacked = attack.generate(X)
     near = np.abs(attacked - X).max(axis=(1, 2, 3)) <= eps
     return np.where(near[:, None, None, None], attacked, X)
 
 
+def draw(task, curves):
+    """Draw accuracy against the radius of the adaptive attack, with 95 % intervals."""
+    mpl.use("Agg")
+    figure, axes = plt.subplots(figsize=(5, 3.5))
+    for name, points in curves.items():
+        eps = [radius * 255 for radius in points]
+        right = np.array([100 * np.mean(r) for r in points.values()])
+        ends = np.array([[100 * end for end in interval(r)] for r in points.values()]).T
+        axes.errorbar(eps, right, np.abs(ends - right), marker="o", capsize=3, label=name)
+    axes.set(xlabel="eps · 255", ylabel="right, per cent", ylim=(0, 100), title=task.title)
+    axes.legend()
+    path = task.results / f"attacks_{task.name}.png"
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
 def rows_of(task, settings):
     own = settings["data"][task.name]
     X, y = task.X_test, task.y_test
-    eps = ATTACKS[task.name][0]
-    n_rows = {"adaptive": own["n_adaptive"], "Square on scores": own["n_square"]}
-    n_rows["HopSkipJump"] = own["n_hop_skip_jump"]
+    eps = attack_settings(task.name)[0]
     transferred = attack_network(task, X, y)
 
     def row(name, parameters, kind, radius, right):
         line = {
             "data": task.title,
-            "network": task.network_name,
+            "network": task.name,
             "classifier": name,
             "parameters": describe(parameters),
             "seed": 0,
@@ -89,42 +107,68 @@ def rows_of(task, settings):
         print(*list(line.values())[2:], flush=True)
         return line
 
+    def adaptive(fitted, X, y, eps, threat_weight=0):
+        attack = AdaptiveKNNAttack(
+            fitted,
+            task.X,
+            task.y,
+            eps=eps,
+            threat_weight=threat_weight,
+            random_state=0,
+            **settings["adaptive"],
+        )
+        return attack.generate(X, y)
+
     right = {"none": predict_network(task.network, X) == y}
     right |= {k: predict_network(task.network, Z) == y for k, Z in transferred.items()}
     for kind, r in right.items():
         yield row("network", {}, kind, eps, r)
     yield row("network", {}, "worst", eps, np.all(list(right.values()), axis=0))
+    direct = {
+        "adaptive": (adaptive, own["n_adaptive"]),
+        "Square on scores": (by_square, own["n_square"]),
+        "HopSkipJump": (by_hop_skip_jump, own["n_hop_skip_jump"]),
+    }
+    curves = {}
     for entry in own["classifier"]:
         name, parameters = entry["name"], entry["parameters"]
         fitted = task.fit(entry["kind"], parameters)
         right = {"none": fitted.predict(X) == y}
         right |= {k: fitted.predict(Z) == y for k, Z in transferred.items()}
-
-        def adaptive(fitted, X, y, eps):
-            options = settings["adaptive"]
-            attack = AdaptiveKNNAttack(fitted, task.X, task.y, eps=eps, random_state=0, **options)
-            return attack.generate(X, y)
-
-        direct = {
-            "adaptive": adaptive,
-            "Square on scores": by_square,
-            "HopSkipJump": by_hop_skip_jump,
-        }
-        for kind, make in direct.items():
-            n = min(n_rows[kind], len(X))
-            attacked = make(fitted, X[:n], y[:n], eps).astype(np.float32)
-            right[kind] = fitted.predict(attacked) == y[:n]
         for kind, r in right.items():
             yield row(name, parameters, kind, eps, r)
+        for kind, (make, n_rows) in direct.items():
+            n = min(n_rows, len(X))
+            if n == 0:
+                continue
+            attacked = make(fitted, X[:n], y[:n], eps).astype(np.float32)
+            right[kind] = fitted.predict(attacked) == y[:n]
+            yield row(name, parameters, kind, eps, right[kind])
         # Over the rows of the adaptive attack; the dearer attacks count where they were tried.
         worst = right["adaptive"].copy()
         for r in right.values():
             worst[: len(r)] &= r[: len(worst)]
         yield row(name, parameters, "worst", eps, worst)
+
+        n = min(own["n_curve"], len(X))
+        curves[name] = {0: right["none"][:n]}
         for factor in settings["eps_factors"]:
-            n = min(settings["n_curve"], len(X))
             attacked = adaptive(fitted, X[:n], y[:n], factor * eps)
-            yield row(name, parameters, "adaptive", factor * eps, fitted.predict(attacked) == y[:n])
+            curves[name][factor * eps] = fitted.predict(attacked) == y[:n]
+            yield row(name, parameters, "adaptive", factor * eps, curves[name][factor * eps])
+        curves[name][eps] = right["adaptive"][:n]
+        draw(task, curves)
+
+        if "threat" in entry:
+            scorer = ThreatScorer(task.network, random_state=0, **entry["threat"])
+            fitted = task.fit(entry["kind"], {**parameters, "threat_scorer": scorer})
+            n = min(own["n_adaptive"], len(X))
+            for weight in (0, 1):
+                attacked = adaptive(fitted, X[:n], y[:n], eps, threat_weight=weight)
+                alarm = fitted.threat_scorer_.predict(attacked) == -1
+                kind = f"adaptive, threat weight {weight}; right or alarmed"
+                known = {**parameters, "threat_scorer": entry["threat"]}
+                yield row(name, known, kind, eps, alarm | (fitted.predict(attacked) == y[:n]))
 
 
 if __name__ == "__main__":

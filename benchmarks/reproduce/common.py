@@ -25,7 +25,7 @@ CLASSIFIERS = {"DkNN": DkNNClassifier, "RAILS": RAILSClassifier}
 def parse(script):
     """Read the command line and the settings, which by default stand beside a script."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", help="data sets; none: all of the settings")
+    parser.add_argument("names", nargs="*", help="networks; none: all of the settings")
     parser.add_argument("--settings", type=Path, default=Path(script).with_suffix(".toml"))
     parser.add_argument("--rows", type=int, help="test rows at most")
     parser.add_argument("--data-home", help="folder of the data sets, else what OpenML gives")
@@ -40,26 +40,30 @@ def parse(script):
 
 
 def main(script, rows_of):
-    """Write the results of a script, one data set after the other."""
+    """Write the results of a script, one network after the other, as they come."""
     options, settings = parse(script)
     for name in options.names:
-        rows = list(rows_of(Task(name, settings, options), settings))
-        write(Path(script).stem, rows, options)
+        rows = []
+        for row in rows_of(Task(name, settings, options), settings):
+            rows.append(row)
+            write(Path(script).stem, rows, options)
 
 
 class Task:
-    """A data set, a network, and the rows that a script looks at."""
+    """A network, its data, and the rows that a script looks at."""
 
     def __init__(self, name, settings, options):
         self.name = name
-        network = settings["data"][name].get("network", name)
-        self.network_name = network
-        data = load_data(network, options.data_home)
+        self.results = options.results
+        self.results.mkdir(parents=True, exist_ok=True)
+        data = load_data(name, options.data_home)
         self.title = data.name
-        self.network = load_network(network, options.data_home)
-        n_validation = settings["data"][name].get("n_validation", settings["n_validation"])
+        self.network = load_network(name, options.data_home)
+        # A network's own numbers of rows come before those of the file.
+        settings = settings | settings["data"][name]
+        n_validation = settings["n_validation"]
         self.X, self.y, X_held_out, y_held_out = split_rows(
-            network, data, n_validation + settings["n_calibration"], settings["n_train"]
+            name, data, n_validation + settings["n_calibration"], settings["n_train"]
         )
         self.X_validation, self.y_validation = X_held_out[:n_validation], y_held_out[:n_validation]
         self.given = {
@@ -105,9 +109,14 @@ def predict_network(network, X):
     return torch.cat(parts).argmax(dim=1).numpy()
 
 
+def interval(right):
+    """Give the 95 % interval of a share (Wilson)."""
+    return tuple(binomtest(int(np.sum(right)), len(right)).proportion_ci(0.95, "wilson"))
+
+
 def share(right):
-    """Give a share in per cent with its 95 % interval (Wilson)."""
-    low, high = binomtest(int(np.sum(right)), len(right)).proportion_ci(0.95, "wilson")
+    """Give a share in per cent with its 95 % interval."""
+    low, high = interval(right)
     return f"{100 * np.mean(right):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -124,19 +133,17 @@ def describe(parameters):
 
 
 def write(name, rows, options):
-    """Write results beside the versions they were made with; replace those of the same data."""
+    """Write results beside the versions they were made with; replace the same network's."""
     path = options.results / f"{name}.csv"
-    options.results.mkdir(parents=True, exist_ok=True)
     versions = f"{sklearn_rails.__version__}, torch {torch.__version__}, scikit-learn "
     versions += f"{sklearn.__version__}, numpy {np.__version__}, scipy {scipy.__version__}"
     rows = [{**row, "versions": versions} for row in rows]
     kept = []
     if path.is_file():
-        done = {row["data"] for row in rows}
+        done = {row["network"] for row in rows}
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["data"] not in done]
+            kept = [row for row in csv.DictReader(file) if row["network"] not in done]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(sorted(kept + rows, key=lambda row: row["data"]))
-    print(f"Written: {path}")
+        writer.writerows(sorted(kept + rows, key=lambda row: (row["data"], row["network"])))

@@ -48,12 +48,12 @@ def main():
         curves, layer = curves_of(task, settings)
         display = AffinityCurveDisplay(curves, layer=layer).plot()
         display.ax_.set_title(f"{task.title}, {len(task.X_test)} test rows")
-        options.results.mkdir(parents=True, exist_ok=True)
         path = options.results / f"figure2_{name}.png"
         display.figure_.savefig(path, dpi=120, bbox_inches="tight")
         lines = [
             {
                 "data": task.title,
+                "network": name,
                 "layer": layer,
                 "parameters": settings["data"][name]["parameters"],
                 "seed": 0,

@@ -11,7 +11,7 @@ from train import attack
 def rows_of(task, settings):
     own = settings["data"][task.name]
     X, y = task.X_validation, task.y_validation
-    sets = X, attack(task.network_name, task.network, X, y)
+    sets = X, attack(task.name, task.network, X, y)
     base = tau = None
     for entry in [{}, *settings["variation"], *own.get("variation", [])]:
         parameters = {**own["base"], **entry}
@@ -24,6 +24,7 @@ def rows_of(task, settings):
             base, tau = right, fitted.tau_[fitted.layers_[0]]
         line = {
             "data": task.title,
+            "network": task.name,
             "layer": own["base"]["layers"],
             "changed": describe(entry) if entry else "nothing (the defaults)",
             "seed": 0,
@@ -33,7 +34,7 @@ def rows_of(task, settings):
             "clean against defaults": difference(right[0], base[0]),
             "robust against defaults": difference(right[1], base[1]),
         }
-        print(*list(line.values())[2:], flush=True)
+        print(*list(line.values())[3:], flush=True)
         yield line
 
 

@@ -12,38 +12,49 @@ from train import attack
 
 
 def rows_of(task, settings):
-    paper = settings["data"][task.name]["paper"]
-    pgd = partial(attack, task.network_name)
+    own = settings["data"][task.name]
+    pgd = partial(attack, task.name)
     sets = task.X_test, pgd(task.network, task.X_test, task.y_test)
     right = {"network": [predict_network(task.network, X) == task.y_test for X in sets]}
     chosen = {"network": {}}
-    for entry in settings["data"][task.name]["classifier"]:
-        name, kind = entry["name"], entry["kind"]
-        parameters = entry.get("parameters", {})
-        if "grid" in entry:
-            parameters = task.tune(kind, entry["grid"], pgd)
-        n_rows = entry.get("n_test", len(task.X_test))
-        fitted = task.fit(kind, parameters)
-        right[name] = [fitted.predict(X[:n_rows]) == task.y_test[:n_rows] for X in sets]
-        chosen[name] = parameters
-        print(name, parameters, *map(share, right[name]), flush=True)
-    for name, (clean, robust) in right.items():
-        n_rows = len(clean)
-        base_clean, base_robust = (r[:n_rows] for r in right[settings["baseline"]])
+
+    def row(name):
+        clean, robust = right[name]
+        base_clean, base_robust = (r[: len(clean)] for r in right[settings["baseline"]])
         is_base = name == settings["baseline"]
-        yield {
+        line = {
             "data": task.title,
-            "network": task.network_name,
+            "network": task.name,
             "classifier": name,
             "parameters": describe(chosen[name]),
             "seed": 0,
-            "test rows": n_rows,
+            "test rows": len(clean),
             "clean": share(clean),
             "robust": share(robust),
             "clean against DkNN": "" if is_base else difference(clean, base_clean),
             "robust against DkNN": "" if is_base else difference(robust, base_robust),
-            "clean / robust in the paper": paper.get(name, ""),
+            "clean / robust in the paper": own.get("paper", {}).get(name, ""),
         }
+        print(*list(line.values())[2:-1], flush=True)
+        return line
+
+    waiting = ["network"]
+    for entry in own["classifier"]:
+        name, kind = entry["name"], entry["kind"]
+        parameters = entry.get("parameters", {})
+        if "grid" in entry:
+            # What was chosen for another classifier stays.
+            base = chosen[entry["base"]] if "base" in entry else {}
+            grid = {k: [v] for k, v in base.items()} | entry["grid"]
+            parameters = task.tune(kind, grid, pgd)
+        n_rows = entry.get("n_test", len(task.X_test))
+        fitted = task.fit(kind, parameters)
+        right[name] = [fitted.predict(X[:n_rows]) == task.y_test[:n_rows] for X in sets]
+        chosen[name] = parameters
+        waiting.append(name)
+        if settings["baseline"] in right:
+            yield from map(row, waiting)
+            waiting = []
 
 
 if __name__ == "__main__":

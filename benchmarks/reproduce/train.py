@@ -177,9 +177,14 @@ def split_rows(name, data, n_validation, n_train=10_000):
     return X_train, y_train, data.X_train[validation], data.y_train[validation]
 
 
+def attack_settings(name):
+    """Give the paper's radius, step and number of steps for the data of a recipe."""
+    return ATTACKS[name.split("_")[0]]
+
+
 def attack(name, network, X, y):
-    """Attack a network with the paper's settings for a data set."""
-    eps, step, max_iter = ATTACKS[name.split("_")[0]]
+    """Attack a network with the paper's settings."""
+    eps, step, max_iter = attack_settings(name)
     return pgd(network, X, y, eps=eps, step=step, max_iter=max_iter)
 
 

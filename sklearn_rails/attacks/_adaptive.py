@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch.nn.functional import normalize, one_hot, pad
@@ -428,7 +429,8 @@ class _Threat:
 
     def __init__(self, rails, train, labels, n_references):
         scorer = getattr(rails, "threat_scorer_", None)
-        scorer = getattr(scorer, "estimator", scorer)  # of a FrozenEstimator
+        if isinstance(scorer, FrozenEstimator):
+            scorer = scorer.estimator
         if not isinstance(scorer, ThreatScorer):
             raise TypeError(
                 "threat_weight needs a RAILSClassifier whose threat_scorer is a ThreatScorer, got "

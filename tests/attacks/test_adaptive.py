@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from sklearn.ensemble import IsolationForest
+from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KNeighborsClassifier
 
-from sklearn_rails import DkNNClassifier, RAILSClassifier
+from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.attacks._adaptive import nearness_to
 from sklearn_rails.datasets import load_digit_images
@@ -147,6 +149,62 @@ class Scale(torch.nn.Module):
 
     def forward(self, x):
         return x * self.factor
+
+
+def test_an_arbitrating_defence_is_attacked_as_a_whole(task):
+    network, X, y, X_test, y_test = task
+    rails = RAILSClassifier(
+        network, layers="conv2", population_size=50, arbitration=0.2, random_state=0
+    ).fit(X, y)
+    accuracy = []
+    for eps in (0.15, 1):
+        attack = AdaptiveKNNAttack(rails, X, y, eps=eps, **QUICK)
+        attacked = attack.generate(X_test, y_test)
+        accuracy.append(rails.score(attacked, y_test))
+    transferred = pgd(network, X_test, y_test, eps=0.15, step=0.03)
+    assert accuracy[0] <= rails.score(transferred, y_test)
+    assert accuracy[1] <= 0.05
+    # What is given fools both the network and its judge, or the vote.
+    response = rails.respond(attacked)
+    stands = response.p_values > 0.2
+    assert (network.predict(attacked)[stands] == response.labels[stands]).all()
+
+
+@pytest.mark.parametrize("method", ["credibility", "distance", ["distance", "credibility"]])
+def test_an_attack_keeps_away_from_alarms(task, method):
+    network, X, y, X_test, y_test = task
+    scorer = ThreatScorer(network, layers="conv1", method=method, n_neighbors=10, random_state=0)
+    rails = RAILSClassifier(
+        network, layers="conv2", population_size=50, threat_scorer=scorer, random_state=0
+    ).fit(X, y)
+    caught, silent = [], []
+    for weight in (0, 1):
+        attack = AdaptiveKNNAttack(rails, X, y, eps=0.3, threat_weight=weight, **QUICK)
+        attacked = attack.generate(X_test, y_test)
+        wrong = rails.predict(attacked) != y_test
+        alarm = rails.threat_scorer_.predict(attacked) == -1
+        caught.append((wrong & alarm).sum())
+        silent.append((wrong & ~alarm).sum())
+    assert caught[0] > 0
+    assert silent[1] > silent[0]
+    # Rows that are wrong and alarming were so from the beginning, or under RAILS's own seed alone.
+    assert caught[1] <= 3
+
+
+def test_a_threat_weight_needs_a_threat_scorer_that_it_knows(task):
+    network, X, y, *_ = task
+    knn = defence("k-NN", network, X, y)
+    with pytest.raises(TypeError, match="threat_weight needs .* got the threat_scorer None"):
+        AdaptiveKNNAttack(knn, X, y, eps=0.1, threat_weight=1)
+    fitted = ThreatScorer(n_neighbors=10, random_state=0).fit(X)
+    frozen = RAILSClassifier(threat_scorer=FrozenEstimator(fitted), random_state=0).fit(X, y)
+    AdaptiveKNNAttack(frozen, X, y, eps=0.1, threat_weight=1)
+    forest = RAILSClassifier(threat_scorer=IsolationForest(random_state=0), random_state=0)
+    forest.fit(X.reshape(len(X), 64), y)
+    with pytest.raises(TypeError, match="IsolationForest"):
+        AdaptiveKNNAttack(forest, X.reshape(len(X), 64), y, eps=0.1, threat_weight=1)
+    with pytest.raises(ValueError, match="threat_weight must be 0 or more, got -1"):
+        AdaptiveKNNAttack(knn, X, y, eps=0.1, threat_weight=-1)
 
 
 def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(task, monkeypatch):

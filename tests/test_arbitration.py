@@ -1,0 +1,168 @@
+"""RAILSClassifier(arbitration=...): the network's label stands, or is put to the vote."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from torch import nn
+
+from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
+from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.immune.sensing import disagreement
+
+CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def task(digits):
+    X, y = digits
+    X = X.reshape(-1, 1, 8, 8)
+    order = np.random.default_rng(0).permutation(len(y))
+    X, y = X[order], y[order]
+    network = train_network(X[:600], y[:600], max_epochs=8, verbose=0)
+    return network.module_, X[:600], y[:600], X[600:1000], y[600:1000]
+
+
+@pytest.fixture(scope="module")
+def attacked(task):
+    network, *_, new, y_new = task
+    return pgd(network, new[:150], y_new[:150], eps=0.2, step=0.05, max_iter=10)
+
+
+@pytest.fixture(scope="module")
+def arbitrating(task):
+    network, X, y, *_ = task
+    return RAILSClassifier(network, arbitration=0.2, **CHEAP).fit(X, y)
+
+
+def labels_of(network, X):
+    with torch.no_grad():
+        return network(torch.from_numpy(X)).argmax(dim=1).numpy()
+
+
+def test_a_label_stands_unless_its_p_value_is_too_low(task, arbitrating, attacked):
+    network, X, y, *_ = task
+    voting = RAILSClassifier(network, **CHEAP).fit(X, y)
+    response = arbitrating.respond(attacked)
+    stands = response.p_values > 0.2
+    assert 0.1 < stands.mean() < 0.9
+    votes, own = voting.predict(attacked), labels_of(network, attacked)
+    assert (votes != own).mean() > 0.05
+    assert_array_equal(arbitrating.predict(attacked), np.where(stands, own, votes))
+    scores = arbitrating.decision_function(attacked)
+    assert_array_equal(scores[~stands], voting.decision_function(attacked)[~stands])
+    # Two plasma cells a layer, and less than half a vote for affinity.
+    assert_array_equal(np.floor(scores[stands].max(axis=1)), 4)
+    assert_array_equal(np.floor(np.sort(scores[stands], axis=1)[:, :-1]), 0)
+
+
+def test_p_values_are_those_of_a_literal_computation(task):
+    network, X, y, new, _ = task
+    X, y = X[:300], y[:300]
+    rails = RAILSClassifier(
+        network, arbitration=0.2, **CHEAP | {"layers": "conv2", "dtype": "float64"}
+    ).fit(X, y)
+    extractor = TorchFeatureExtractor(network, layers="conv2", dtype="float64").fit(X)
+    features = [extractor.transform(rows) for rows in (X, new[:30])]
+    distance = [np.linalg.norm(f[:, None] - features[0], axis=2) for f in features]
+    np.fill_diagonal(distance[0], np.inf)
+
+    def nonconformity(distance, labels):
+        near = np.stack([np.sort(distance[:, y == c])[:, :10].mean(axis=1) for c in range(10)], 1)
+        own = near[np.arange(len(labels)), labels].copy()
+        near[np.arange(len(labels)), labels] = np.inf
+        return own - near.min(axis=1)
+
+    calibration = nonconformity(distance[0], labels_of(network, X))
+    scores = nonconformity(distance[1], labels_of(network, new[:30]))
+    expected = (1 + (calibration >= scores[:, None]).sum(axis=1)) / (1 + len(X))
+    assert len(np.unique(expected)) > 20
+    assert_allclose(rails.respond(new[:30]).p_values, expected, atol=1e-12)
+
+
+def test_few_clean_rows_and_many_attacked_ones_are_put_to_the_vote(task, arbitrating, attacked):
+    network, _, _, new, y_new = task
+    clean, moved = (arbitrating.respond(rows).p_values <= 0.2 for rows in (new, attacked))
+    # Four standard deviations for 400 rows that are judged by 600.
+    assert abs(clean.mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 * (1 / 400 + 1 / 600))
+    fooled = labels_of(network, attacked) != y_new[: len(attacked)]
+    assert fooled.mean() > 0.5
+    assert moved[fooled].mean() > 0.6
+
+
+def test_answers_agree_with_each_other_in_any_company(arbitrating, attacked):
+    rails, rows = arbitrating, attacked
+    shares, response = rails.predict_proba(rows), rails.respond(rows)
+    assert_array_equal(response.proba, shares)
+    assert_array_equal(response.labels, rails.predict(rows))
+    assert_array_equal(rails.predict(rows), rails.classes_[shares.argmax(axis=1)])
+    order = np.random.default_rng(1).permutation(len(rows))[:40]
+    assert_allclose(rails.predict_proba(rows[order]), shares[order], rtol=1e-12)
+    again = pickle.loads(pickle.dumps(rails))
+    assert_array_equal(again.predict_proba(rows), shares)
+
+
+def test_a_search_over_arbitration_and_a_refit_without(task):
+    network, X, y, new, y_new = task
+    search = GridSearchCV(
+        RAILSClassifier(network, **CHEAP), {"arbitration": [None, 0.1, 0.5]}, cv=2
+    ).fit(X, y)
+    assert search.best_estimator_.score(new, y_new) > 0.9
+    rails = RAILSClassifier(network, arbitration=0.1, **CHEAP).fit(X, y)
+    rails.set_params(arbitration=None).fit(X, y)
+    assert rails.respond(new[:5]).p_values is None
+    fresh = clone(rails).fit(X, y)
+    assert_array_equal(rails.predict_proba(new), fresh.predict_proba(new))
+
+
+def test_two_classes_with_one_logit_and_a_class_of_one_row(task):
+    network, X, y, new, y_new = task
+    two = nn.Sequential(network, Odd())
+    rails = RAILSClassifier(two, arbitration=0.3, **CHEAP | {"layers": ["0.conv1", "0.conv2"]}).fit(
+        X, y % 2
+    )
+    assert rails.score(new, y_new % 2) > 0.9
+    stands = rails.respond(new).p_values > 0.3
+    own = labels_of(network, new) % 2
+    assert 0.5 < stands.mean() < 0.9
+    assert_array_equal(rails.predict(new)[stands], own[stands])
+
+    lonely = np.flatnonzero(y != 3)
+    lonely = np.append(lonely, np.flatnonzero(y == 3)[0])
+    rails = RAILSClassifier(network, arbitration=0.1, **CHEAP).fit(X[lonely], y[lonely])
+    p_values = rails.respond(new).p_values
+    assert ((p_values > 0) & (p_values <= 1)).all()
+
+
+class Odd(nn.Module):
+    """One logit, above 0 where the highest of ten outputs is an odd one."""
+
+    def forward(self, outputs):
+        return (outputs.argmax(dim=1, keepdim=True) % 2).to(outputs.dtype) - 0.5
+
+
+def test_disagreement_by_hand():
+    flocked = torch.tensor([[[-1.0, -3.0], [-2.0, -4.0], [-5.0, -torch.inf]]])
+    assert disagreement(flocked, torch.tensor([0])).item() == -1  # -2 against -3
+    assert disagreement(flocked, torch.tensor([1])).item() == 1
+    assert disagreement(flocked, torch.tensor([2])).item() == 3
+    flocked[0, 2] = -torch.inf
+    assert disagreement(flocked, torch.tensor([2])).item() == torch.inf
+    assert disagreement(flocked, torch.tensor([0])).item() == -1
+
+
+def test_what_cannot_be_arbitrated_is_named(task):
+    network, X, y, *_ = task
+    with pytest.raises(ValueError, match="arbitration=0.1 is about a network's labels, but there"):
+        RAILSClassifier(arbitration=0.1).fit(X, y)
+    rails = RAILSClassifier(network, arbitration=0.1, **CHEAP)
+    with pytest.raises(ValueError, match="it has 10 outputs and y has 9 classes"):
+        rails.fit(X[y != 3], y[y != 3])
+    assert not hasattr(rails, "classes_")
+    for wrong in (0, 1, -0.5, "always"):
+        with pytest.raises(ValueError, match="'arbitration' parameter"):
+            RAILSClassifier(network, arbitration=wrong, **CHEAP).fit(X, y)
