@@ -180,8 +180,8 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
 
     Arbitration is not in the paper; its p-values are conformal, as those of deep k-nearest
     neighbours [2]_. The nonconformity of a label is by how much the flock of another class is
-    nearer than the flock of its own, in units of tau, on the mean over the layers. It is compared
-    with that of 1,000 training rows, each left out of its own neighbours, for the labels that the
+    nearer than the flock of its own, in units of tau, summed over the layers. It is compared with
+    that of 1,000 training rows, each left out of its own neighbours, for the labels that the
     network gives them. The network's outputs must be in the order of ``classes_``.
 
     References

@@ -52,6 +52,8 @@ threat = { layers = "conv1", n_neighbors = 10 }
     + """
 [[variation]]
 tau_factor = 2.0
+[[variation]]
+over_generations = "clearest"
 [data.digits]
 base = { layers = "conv1", population_size = 30 }
 [[data.digits.variation]]
@@ -109,7 +111,8 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         worst = float(shares["RAILS", "worst", "60/255"].split()[0])
         assert worst <= float(shares["RAILS", "adaptive", "60/255"].split()[0])
     elif script == "study":
-        assert [row["changed"][:8] for row in rows] == ["nothing ", '{"tau_fa', '{"affini']
+        changed = ["nothing ", '{"tau_fa', '{"over_g', '{"affini']
+        assert [row["changed"][:8] for row in rows] == changed
         assert rows[0]["clean against defaults"].startswith("+0.0")
     else:
         affinity = {(r["curve"], r["generation"]): float(r["mean affinity"]) for r in rows}

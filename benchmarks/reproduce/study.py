@@ -4,8 +4,28 @@ Varies one thing at a time about RAILS's defaults and compares clean and robust 
 the network) on the same validation rows, row by row.
 """
 
+import numpy as np
 from common import describe, difference, main, share
 from train import attack
+
+# The generations whose votes are looked at together.
+N_GENERATIONS = 5
+
+
+def predict(fitted, X, over_generations):
+    """Give labels, of the last generation or of the plasma of all."""
+    if over_generations is None:
+        return fitted.predict(X)
+    shares = []
+    for generation in range(N_GENERATIONS + 1):
+        fitted.set_params(generations=generation, early_stopping=False)
+        shares.append(fitted.predict_proba(X))
+    shares = np.array(shares)
+    if over_generations == "sum":
+        return fitted.classes_[shares.sum(axis=0).argmax(axis=1)]
+    # A stopping rule without labels: each row takes the first generation with the clearest vote.
+    clearest = shares.max(axis=2).argmax(axis=0)
+    return fitted.classes_[shares[clearest, np.arange(len(X))].argmax(axis=1)]
 
 
 def rows_of(task, settings):
@@ -15,11 +35,12 @@ def rows_of(task, settings):
     base = tau = None
     for entry in [{}, *settings["variation"], *own.get("variation", [])]:
         parameters = {**own["base"], **entry}
+        over_generations = parameters.pop("over_generations", None)
         factor = parameters.pop("tau_factor", None)
         if factor is not None:
             parameters["tau"] = factor * tau
         fitted = task.fit("RAILS", parameters)
-        right = [fitted.predict(rows) == y for rows in sets]
+        right = [predict(fitted, rows, over_generations) == y for rows in sets]
         if base is None:
             base, tau = right, fitted.tau_[fitted.layers_[0]]
         line = {
