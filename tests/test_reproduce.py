@@ -116,6 +116,7 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert rows[0]["clean against defaults"].startswith("+0.0")
     else:
         affinity = {(r["curve"], r["generation"]): float(r["mean affinity"]) for r in rows}
+        assert affinity["antigen", "2"] > affinity["antigen", "clones"]
         assert affinity["antigen", "2"] > affinity["antigen", "0"]
         assert affinity["antigen", "2"] > affinity["mismatched antigen", "2"]
         assert (results / "figure2_digits.png").stat().st_size > 5_000

@@ -2,7 +2,8 @@
 
 Mean affinity of populations over the generations: to the antigen that they were flocked and bred
 for, and to another one, of another class. A population at generation g is what ``generations=g``
-gives, since random numbers are a function of seed, layer and generation.
+gives, since random numbers are a function of seed, layer and generation. Before generation 0, the
+mutated clones, stand the clones of the flocked neighbours as they are.
 """
 
 import matplotlib as mpl
@@ -25,18 +26,24 @@ def curves_of(task, settings):
     extract = TorchFeatureExtractor(task.network, layers=layer, input_shape=X.shape[1:]).fit(X)
     antigens = extract.transform(X)
     curves = {"antigen": [], "mismatched antigen": []}
-    n_generations = rails.generations
-    for generation in range(n_generations + 1):
-        # All cells, and not the best of them.
-        rails.set_params(generations=generation, memory_fraction=1.0, early_stopping=False)
+
+    def add(cells_of):
+        """Put one point onto every curve."""
         points = {name: [] for name in curves}
         for i in range(len(X)):
-            cells = extract.transform(rails.respond(X[i : i + 1]).memory[layer][0])
+            cells = extract.transform(cells_of(i))
             for name, j in zip(curves, (i, others[i]), strict=True):
                 points[name].append(-np.linalg.norm(cells - antigens[j], axis=1).mean())
         for name, values in points.items():
             curves[name].append(values)
-        print(generation, *(f"{name}: {np.mean(p):.3f}" for name, p in points.items()), flush=True)
+        print(*(f"{name}: {np.mean(p):.3f}" for name, p in points.items()), flush=True)
+
+    # All cells, and not the best of them.
+    rails.set_params(memory_fraction=1.0, early_stopping=False)
+    n_generations, rho = rails.generations, rails.rho
+    for generation, changes in ((0, 0), *((g, rho) for g in range(n_generations + 1))):
+        rails.set_params(generations=generation, rho=changes)
+        add(lambda i: rails.respond(X[i : i + 1]).memory[layer][0])
     return {name: np.array(points).T for name, points in curves.items()}, layer
 
 
@@ -46,7 +53,12 @@ def main():
     for name in options.names:
         task = Task(name, settings, options)
         curves, layer = curves_of(task, settings)
-        display = AffinityCurveDisplay(curves, layer=layer).plot()
+        bred = {label: values[:, 1:] for label, values in curves.items()}
+        display = AffinityCurveDisplay(bred, layer=layer).plot()
+        for line, values in zip(display.lines_, curves.values(), strict=True):
+            display.ax_.plot([-1, 0], values[:, :2].mean(axis=0), ":.", color=line.get_color())
+        display.ax_.set_xticks(range(-1, values.shape[1] - 1))
+        display.ax_.set_xticklabels(["clones", *range(values.shape[1] - 1)])
         display.ax_.set_title(f"{task.title}, {len(task.X_test)} test rows")
         path = options.results / f"figure2_{name}.png"
         display.figure_.savefig(path, dpi=120, bbox_inches="tight")
@@ -59,7 +71,7 @@ def main():
                 "seed": 0,
                 "test rows": len(values),
                 "curve": label,
-                "generation": generation,
+                "generation": generation - 1 if generation else "clones",
                 "mean affinity": round(float(values[:, generation].mean()), 4),
                 "standard error": round(
                     float(values[:, generation].std(ddof=1) / len(values) ** 0.5), 4
