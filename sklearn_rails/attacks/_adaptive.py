@@ -2,20 +2,16 @@
 
 import numpy as np
 import torch
-from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
-from torch.nn.functional import normalize, one_hot, pad
+from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
-from .._random import draw_seed
-from .._threat import ThreatScorer
 from .._validation import validate_rows
-from ..immune.affinity import affinity_to
-from ..immune.consensus import fittest
 from ..immune.flocking import ClassNeighbors
+from ._views import NeighborsView, PopulationsView, ThreatView, soft_class_scores
 
 # Where the restarts set out from, in turn.
 STARTS = ("here", "toward another class", "anywhere", "anywhere", "anywhere")
@@ -173,12 +169,12 @@ class AdaptiveKNNAttack:
         self._train = estimator._features.to_device(train)
         self._inputs = ClassNeighbors().fit(self._train, labels, n_classes)
         if isinstance(estimator, RAILSClassifier):
-            self._defence = _Populations(estimator, n_references, n_seeds, n_checks, self._rng)
+            self._defence = PopulationsView(estimator, n_references, n_seeds, n_checks, self._rng)
         else:
-            self._defence = _Neighbors(estimator, train, labels, n_references)
+            self._defence = NeighborsView(estimator, train, labels, n_references)
         self._threat = None
         if threat_weight > 0:
-            self._threat = _Threat(estimator, train, labels, n_references)
+            self._threat = ThreatView(estimator, train, labels, n_references)
 
     def generate(self, X, y):
         """Look for wrong answers within the balls around some rows.
@@ -304,276 +300,3 @@ class AdaptiveKNNAttack:
         if threat is not None:
             total = total - self.threat_weight * threat(points).sum()
         return torch.autograd.grad(total, points)[0]
-
-
-def soft_class_scores(affinity, members, there, origin, scale):
-    """Give a function from features to the classes' softened nearness.
-
-    Parameters
-    ----------
-    affinity : {"euclidean", "cosine", "inner_product"} or callable
-    members : torch.Tensor of shape (n, n_classes, n_members, n_features)
-        Constant references.
-    there : torch.Tensor of shape (n, n_classes, n_members)
-        Which of them count.
-    origin : torch.Tensor of shape (n, n_features)
-        Features near those that will be scored.
-    scale : float
-        What affinities are divided by.
-
-    Returns
-    -------
-    callable
-        From a tensor of shape (n, n_features) to the scores (n, n_classes).
-    """
-    nearness = nearness_to(affinity, members.flatten(1, 2), origin)
-
-    def score(features):
-        close = nearness(features).reshape(there.shape).masked_fill(~there, -torch.inf)
-        return torch.logsumexp(close / scale, dim=2)
-
-    return score
-
-
-def nearness_to(affinity, members, origin):
-    """Give a function that compares features with constant references, and reads these only once.
-
-    Parameters
-    ----------
-    affinity : {"euclidean", "cosine", "inner_product"} or callable
-    members : torch.Tensor of shape (n, n_members, n_features)
-    origin : torch.Tensor of shape (n, n_features)
-        Features near those that will be compared.
-
-    Returns
-    -------
-    callable
-        From a tensor of shape (n, n_features) to the affinities (n, n_members).
-    """
-    if affinity == "euclidean":
-        # Seen from there, small distances are not lost to rounding.
-        moved = members - origin[:, None]
-        squares = moved.square().sum(dim=2)
-
-        def nearness(features):
-            step = features - origin
-            products = torch.bmm(moved, step[:, :, None])[..., 0]
-            return -(squares - 2 * products + step.square().sum(1)[:, None]).clamp(1e-12).sqrt()
-
-        return nearness
-    if affinity == "cosine":
-        members = normalize(members, dim=2)
-        return lambda features: torch.bmm(members, normalize(features, dim=1)[..., None])[..., 0]
-    return lambda features: affinity_to(affinity, features, members)
-
-
-class _References:
-    """The nearest of each class's training rows, in some layers."""
-
-    def __init__(self, features, train, labels, n_classes, n_references, affinity="euclidean"):
-        self._features = features
-        self._n_classes = n_classes
-        self._n_references = n_references
-        self.affinity = affinity
-        self._examples = features(train)
-        self._neighbors = {
-            layer: ClassNeighbors(affinity).fit(examples, labels, n_classes)
-            for layer, examples in self._examples.items()
-        }
-
-    def row_bytes(self, row):
-        widest = max(f[0].nbytes for f in self._features(row).values())
-        return widest * self._n_references * self._n_classes
-
-    def near(self, rows):
-        """Give the references in each layer, and which of them are there."""
-        references = {}
-        for layer, features in self._features(rows).items():
-            _, index = self._neighbors[layer].kneighbors(features, self._n_references)
-            references[layer] = self._examples[layer][index.clamp(min=0)], index >= 0
-        return references
-
-    def scales(self, rows):
-        """Give a third of the median distance of the k-th neighbour, in each layer."""
-        scales = {}
-        for layer, features in self._features(rows).items():
-            affinity, _ = self._neighbors[layer].kneighbors(features, self._n_references)
-            scales[layer] = _scale_of(affinity, self._n_references)
-        return scales
-
-
-class _Neighbors:
-    """A DkNN classifier as the attack sees it: neighbours among fixed rows."""
-
-    affinity = "euclidean"
-    has_arbiter = False
-
-    def __init__(self, estimator, train, labels, n_references):
-        self._estimator = estimator
-        n_classes = len(estimator.classes_)
-        self._references = _References(estimator._features, train, labels, n_classes, n_references)
-        self.row_bytes = self._references.row_bytes
-        self.scales = self._references.scales
-        self.features = estimator._features.with_gradient
-
-    def predict(self, rows):
-        return _positions(self._estimator, self._estimator.predict(rows), rows)
-
-    def respond(self, rows):
-        """Give the references in each layer, and which of them are there, and the answers."""
-        return self._references.near(rows), self.predict(rows)
-
-
-class _Threat:
-    """A threat scorer as the attack sees it: softened nearness in its layers."""
-
-    def __init__(self, rails, train, labels, n_references):
-        scorer = getattr(rails, "threat_scorer_", None)
-        if isinstance(scorer, FrozenEstimator):
-            scorer = scorer.estimator
-        if not isinstance(scorer, ThreatScorer):
-            raise TypeError(
-                "threat_weight needs a RAILSClassifier whose threat_scorer is a ThreatScorer, got "
-                f"the threat_scorer {scorer!r}."
-            )
-        self._scorer = scorer
-        n_classes = len(rails.classes_)
-        self._references = {
-            # Distances of normalised features go with their cosines.
-            method: _References(
-                scorer._features,
-                train,
-                labels,
-                n_classes,
-                n_references,
-                "cosine" if method == "distance" else "euclidean",
-            )
-            for method in scorer.methods_
-        }
-
-    def row_bytes(self, row):
-        return sum(r.row_bytes(row) for r in self._references.values())
-
-    def is_alarm(self, points):
-        return torch.from_numpy(self._scorer.predict(points) == -1).to(points.device)
-
-    def soften(self, points):
-        """Give a threat score that is differentiable near some points."""
-        features = self._scorer._features
-        with torch.no_grad():
-            here = features.with_gradient(points)
-        soft_scores = {}
-        for method, references in self._references.items():
-            near, scales = references.near(points), references.scales(points)
-            for layer in near:
-                soft_scores[method, layer] = soft_class_scores(
-                    references.affinity, *near[layer], here[layer], scales[layer]
-                )
-
-        def threat(points):
-            total, found = 0, features.with_gradient(points)
-            for (method, layer), score in soft_scores.items():
-                scores = score(found[layer])
-                total = total - scores.amax(dim=1)
-                if method == "credibility":
-                    total = total + torch.logsumexp(scores, dim=1)
-            return total
-
-        return threat
-
-
-class _Populations:
-    """A RAILS classifier as the attack sees it: cells that are bred anew at every point."""
-
-    def __init__(self, estimator, n_references, n_seeds, n_checks, rng):
-        self._estimator = estimator
-        self._n_references = n_references
-        self._n_cells = -(-n_references // n_seeds)
-        self.affinity = estimator.affinity
-        seeds = {estimator.seed_: None}
-        while len(seeds) < 1 + n_seeds + n_checks:
-            seeds[draw_seed(rng)] = None
-        _, *others = [estimator._with({"seed_": seed, "_draws": {}}) for seed in seeds]
-        self._known, self._unseen = others[:n_seeds], others[n_seeds:]
-        self.has_arbiter = estimator.arbitration is not None
-        self.features = estimator._features.with_gradient
-
-    def logits(self, points):
-        """Give the network's outputs, one for each class."""
-        output = self._estimator._features.output
-        outputs = self.features(points, (output,))[output]
-        # A single output is the logit of the second of two classes.
-        return outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))
-
-    def row_bytes(self, row):
-        widest = max(f[0].nbytes for f in self._estimator._features(row).values())
-        return widest * self._n_cells * len(self._known) * len(self._estimator.classes_)
-
-    def predict(self, rows):
-        """Give the majority's answers, of seeds that the attack does not see."""
-        answers = [_positions(rails, rails.predict(rows), rows) for rails in self._unseen]
-        return torch.stack(answers).mode(dim=0).values
-
-    def respond(self, rows):
-        """Give the references in each layer, and which of them are there, and the answers."""
-        references, answers = {}, []
-        neighbors = {
-            layer: self._estimator._flock(features, layer)[1]
-            for layer, features in self._estimator._features(rows).items()
-        }
-        for rails in self._known:
-            votes, ties = 0, 0
-            for layer, flocked, population in rails._mature(rows, lambda n: None, keep_cells=True):
-                layer_votes, layer_ties, _ = rails._vote(layer, flocked, population)
-                votes, ties = votes + layer_votes, ties + layer_ties
-                references.setdefault(layer, []).append(
-                    self._best(population, neighbors[layer], layer)
-                )
-            scores = torch.from_numpy(rails._join_votes(votes, ties))
-            answers.append(scores.argmax(dim=1).to(rows.device))
-        joined = {
-            layer: tuple(torch.cat(parts, dim=2) for parts in zip(*bred, strict=True))
-            for layer, bred in references.items()
-        }
-        answers = torch.stack(answers).mode(dim=0).values
-        if self.has_arbiter:
-            scores, p_values = (torch.from_numpy(a) for a in self._estimator._arbitrate(rows))
-            stands = (p_values > self._estimator.arbitration).to(rows.device)
-            answers = torch.where(stands, scores.argmax(dim=1).to(rows.device), answers)
-        return joined, answers
-
-    def _best(self, population, neighbors, layer):
-        """Give each class's fittest cells' features, or its neighbours' where it died out."""
-        rails, k = self._estimator, self._n_cells
-        n_rows, n_classes, _ = neighbors.shape
-        classes = torch.arange(n_classes, device=neighbors.device)[:, None]
-        of_class = population.labels[:, None] == classes
-        affinity = population.affinity[:, None].masked_fill(~of_class, -torch.inf)
-        places = fittest(affinity.flatten(0, 1), k).reshape(n_rows, n_classes, -1)
-        there = affinity.gather(2, places) > -torch.inf
-        rows = torch.arange(n_rows, device=neighbors.device)[:, None, None]
-        cells = population.cells[rows, places]
-        index = pad(neighbors, (0, k), value=-1)[..., : places.shape[2]]
-        died_out = ~there.any(dim=2, keepdim=True)
-        there = torch.where(died_out, index >= 0, there)
-        cells = torch.where(died_out[..., None], rails._bank()[index.clamp(min=0)], cells)
-        features = rails._features.from_start(cells.flatten(0, 2), layer)
-        return features.reshape(n_rows, n_classes, -1, features.shape[1]), there
-
-    def scales(self, rows):
-        """Give a third of the median distance of the k-th neighbour, in each layer."""
-        return {
-            layer: _scale_of(self._estimator._flock(features, layer)[0], self._n_references)
-            for layer, features in self._estimator._features(rows).items()
-        }
-
-
-def _positions(estimator, labels, rows):
-    return torch.from_numpy(np.searchsorted(estimator.classes_, labels)).to(rows.device)
-
-
-def _scale_of(affinity, n_neighbors):
-    nearest = affinity.flatten(1).sort(dim=1, descending=True).values
-    kth = nearest[:, :n_neighbors][:, -1].abs()
-    scale = float(kth[kth.isfinite()].median()) / 3 if kth.isfinite().any() else 0.0
-    return scale if scale > 0 else 1.0

@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails.attacks import AdaptiveKNNAttack
-from sklearn_rails.attacks._adaptive import nearness_to
+from sklearn_rails.attacks._views import nearness_to
 from sklearn_rails.datasets import load_digit_images
 from sklearn_rails.demo import pgd, train_network
 from sklearn_rails.immune.affinity import affinity_to
