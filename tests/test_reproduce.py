@@ -13,7 +13,7 @@ ROWS = "n_train = 300\nn_validation = 20\nn_calibration = 20\nn_test = 15\n"
 SETTINGS = {
     "table1": ROWS
     + """
-baseline = "DkNN"
+baselines = ["DkNN", "k-NN vote"]
 [data.digits]
 paper = { RAILS = "97.95 / 76.67" }
 [[data.digits.classifier]]
@@ -102,6 +102,7 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert "n_neighbors" in rows[1]["parameters"]
         assert rows[1]["robust against DkNN"] == ""
         assert "±" in rows[2]["robust against DkNN"]
+        assert rows[2]["robust against k-NN vote"] == ""
     elif script == "attacks":
         shares = {(r["classifier"], r["attack"], r["eps"]): r["right"] for r in rows}
         assert len(shares) == len(rows) == 6 + 9 + 1 + 2

@@ -18,10 +18,14 @@ def rows_of(task, settings):
     right = {"network": [predict_network(task.network, X) == task.y_test for X in sets]}
     chosen = {"network": {}}
 
+    def against(name, baseline, kind):
+        if name == baseline or baseline not in right:
+            return ""
+        own, base = (right[n][kind] for n in (name, baseline))
+        return difference(own, base[: len(own)])
+
     def row(name):
         clean, robust = right[name]
-        base_clean, base_robust = (r[: len(clean)] for r in right[settings["baseline"]])
-        is_base = name == settings["baseline"]
         line = {
             "data": task.title,
             "network": task.name,
@@ -31,13 +35,18 @@ def rows_of(task, settings):
             "test rows": len(clean),
             "clean": share(clean),
             "robust": share(robust),
-            "clean against DkNN": "" if is_base else difference(clean, base_clean),
-            "robust against DkNN": "" if is_base else difference(robust, base_robust),
+            **{
+                f"{kind} against {baseline}": against(name, baseline, i)
+                for baseline in settings["baselines"]
+                for i, kind in enumerate(("clean", "robust"))
+            },
             "clean / robust in the paper": own.get("paper", {}).get(name, ""),
         }
         print(*list(line.values())[2:-1], flush=True)
         return line
 
+    names = [entry["name"] for entry in own["classifier"]]
+    missing = set(settings["baselines"]) & set(names)
     waiting = ["network"]
     for entry in own["classifier"]:
         name, kind = entry["name"], entry["kind"]
@@ -52,7 +61,8 @@ def rows_of(task, settings):
         right[name] = [fitted.predict(X[:n_rows]) == task.y_test[:n_rows] for X in sets]
         chosen[name] = parameters
         waiting.append(name)
-        if settings["baseline"] in right:
+        missing -= {name}
+        if not missing:
             yield from map(row, waiting)
             waiting = []
 
