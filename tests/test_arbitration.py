@@ -116,6 +116,7 @@ def test_a_search_over_arbitration_and_a_refit_without(task):
     rails.set_params(arbitration=None).fit(X, y)
     assert rails.respond(new[:5]).p_values is None
     fresh = clone(rails).fit(X, y)
+    assert set(vars(rails)) == set(vars(fresh))
     assert_array_equal(rails.predict_proba(new), fresh.predict_proba(new))
 
 

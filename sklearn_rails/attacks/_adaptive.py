@@ -16,9 +16,6 @@ from ._views import NeighborsView, PopulationsView, ThreatView, soft_class_score
 # Where the restarts set out from, in turn.
 STARTS = ("here", "toward another class", "anywhere", "anywhere", "anywhere")
 
-# A lead of the network's logits beyond this is of no use to an attacker.
-LOGIT_LEAD = 5
-
 # References' features that are compared at a time.
 BLOCK_BYTES = 128 * 2**20
 
@@ -39,10 +36,10 @@ class AdaptiveKNNAttack:
     every few steps, and constants in between.
 
     Where RAILS arbitrates, the network must be fooled as well, and toward the same class: in every
-    second restart its logits are added to the scores. With a ``threat_weight`` the attack also
-    keeps away from alarms: it descends that multiple of a softened threat score, for which the same
-    :math:`s_c` are taken in the layers of the threat scorer, and only answers that are wrong and
-    raise no alarm count.
+    second restart what its logits are behind that of :math:`y` is added to the scores. With a
+    ``threat_weight`` the attack also keeps away from alarms: it descends that multiple of a
+    softened threat score, for which the same :math:`s_c` are taken in the layers of the threat
+    scorer, and only answers that are wrong and raise no alarm count.
 
     Parameters
     ----------
@@ -286,12 +283,13 @@ class AdaptiveKNNAttack:
         points = points.detach().requires_grad_()
         total = 0
         own = one_hot(labels, len(self.estimator.classes_)).bool()
-        lead = 0
+        behind = 0
         if self._defence.has_arbiter and restart % 2 == 0:
             logits = self._defence.logits(points)
-            lead = (logits - logits[own][:, None]).clamp(max=LOGIT_LEAD)
+            # An attacker has no use for more of a lead than it takes to fool the network.
+            behind = (logits - logits[own][:, None]).clamp(max=0)
         for layer, features in self._defence.features(points).items():
-            scores = soft_scores[layer](features) + lead
+            scores = soft_scores[layer](features) + behind
             if restart % 4 < 2:
                 others = scores.masked_fill(own, -torch.inf).amax(dim=1)
             else:

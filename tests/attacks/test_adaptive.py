@@ -153,21 +153,30 @@ class Scale(torch.nn.Module):
 
 def test_an_arbitrating_defence_is_attacked_as_a_whole(task):
     network, X, y, X_test, y_test = task
-    rails = RAILSClassifier(
-        network, layers="conv2", population_size=50, arbitration=0.2, random_state=0
-    ).fit(X, y)
+    rails = RAILSClassifier(population_size=50, arbitration=0.05, random_state=0)
+    rails.set_params(feature_extractor=network, layers="input").fit(X, y)
     accuracy = []
     for eps in (0.15, 1):
-        attack = AdaptiveKNNAttack(rails, X, y, eps=eps, **QUICK)
+        attack = AdaptiveKNNAttack(rails, X, y, eps=eps, **QUICK | {"n_restarts": 1})
         attacked = attack.generate(X_test, y_test)
         accuracy.append(rails.score(attacked, y_test))
+    # To fool the neighbours alone is harder than to fool the network alone, and here not enough.
     transferred = pgd(network, X_test, y_test, eps=0.15, step=0.03)
-    assert accuracy[0] <= rails.score(transferred, y_test)
+    assert accuracy[0] < rails.score(transferred, y_test) - 0.05
     assert accuracy[1] <= 0.05
-    # What is given fools both the network and its judge, or the vote.
-    response = rails.respond(attacked)
-    stands = response.p_values > 0.2
-    assert (network.predict(attacked)[stands] == response.labels[stands]).all()
+
+
+def test_the_attack_sees_which_labels_stand(task):
+    network, X, y, X_test, y_test = task
+    rails = RAILSClassifier(
+        network, layers="input", population_size=50, arbitration=0.05, random_state=0
+    ).fit(X, y)
+    attacked = pgd(network, X_test, y_test, eps=0.3, step=0.05)
+    stands = rails.respond(attacked).p_values > 0.05
+    assert (rails.predict(attacked) != y_test)[stands].any()
+    view = AdaptiveKNNAttack(rails, X, y, eps=0.1, random_state=0)._defence
+    _, answers = view.respond(torch.from_numpy(attacked.reshape(len(attacked), -1)))
+    assert_array_equal(answers.numpy()[stands], network.predict(attacked)[stands])
 
 
 @pytest.mark.parametrize("method", ["credibility", "distance", ["distance", "credibility"]])
@@ -178,17 +187,19 @@ def test_an_attack_keeps_away_from_alarms(task, method):
         network, layers="conv2", population_size=50, threat_scorer=scorer, random_state=0
     ).fit(X, y)
     caught, silent = [], []
-    for weight in (0, 1):
-        attack = AdaptiveKNNAttack(rails, X, y, eps=0.3, threat_weight=weight, **QUICK)
+    for weight in (0, 1e-9, 1):
+        attack = AdaptiveKNNAttack(
+            rails, X, y, eps=0.3, threat_weight=weight, **QUICK | {"n_restarts": 1}
+        )
         attacked = attack.generate(X_test, y_test)
         wrong = rails.predict(attacked) != y_test
         alarm = rails.threat_scorer_.predict(attacked) == -1
         caught.append((wrong & alarm).sum())
         silent.append((wrong & ~alarm).sum())
-    assert caught[0] > 0
-    assert silent[1] > silent[0]
-    # Rows that are wrong and alarming were so from the beginning, or under RAILS's own seed alone.
-    assert caught[1] <= 3
+    # Caught are then those that are wrong and alarming from the beginning.
+    assert caught[0] > caught[1] >= caught[2]
+    assert silent[2] >= max(silent)
+    assert silent[2] > silent[0]
 
 
 def test_a_threat_weight_needs_a_threat_scorer_that_it_knows(task):
