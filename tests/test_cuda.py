@@ -146,7 +146,8 @@ def test_a_gpu_gives_the_answers_of_the_cpu(conv_net, digits, early_stopping):
         random_state=0,
     )
     dknn = DkNNClassifier(conv_net, layers="conv2", input_shape=IMAGE, random_state=0)
-    for estimator in (rails, dknn):
+    arbitrating = clone(rails).set_params(arbitration=0.2)
+    for estimator in (rails, arbitrating, dknn):
         on_host = clone(estimator).set_params(device="cpu").fit(X[:300], y[:300])
         on_gpu = clone(estimator).set_params(device="cuda").fit(X[:300], y[:300])
         assert on_gpu.device_.type == "cuda"
