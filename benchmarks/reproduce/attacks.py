@@ -6,6 +6,8 @@ under every attack that was tried on it. Where there is a threat scorer, an alar
 right answer.
 """
 
+import re
+
 import matplotlib as mpl
 import numpy as np
 from art.attacks.evasion import AutoAttack, FastGradientMethod, HopSkipJump, SquareAttack
@@ -14,7 +16,7 @@ from art.estimators.classification import (
     BlackBoxClassifierNeuralNetwork,
     PyTorchClassifier,
 )
-from common import describe, interval, main, predict_network, share
+from common import describe, main, predict_network, share
 from matplotlib import pyplot as plt
 from torch import nn
 from train import attack_settings
@@ -70,27 +72,37 @@ def by_hop_skip_jump(fitted, X, y, eps):
     return np.where(near[:, None, None, None], attacked, X)
 
 
-def draw(task, curves):
-    """Draw accuracy against the radius of the adaptive attack, with 95 % intervals."""
+def draw(path, lines):
+    """Draw what is right against the radius of the adaptive attack, with 95 % intervals."""
+    curves = {}
+    for line in lines:
+        if line["attack"] in ("none", "adaptive") and line["classifier"] != "network":
+            eps = 0 if line["attack"] == "none" else int(line["eps"].split("/")[0])
+            points = curves.setdefault(line["classifier"], {})
+            points[eps] = [float(number) for number in re.findall(r"[\d.]+", line["right"])]
     mpl.use("Agg")
     figure, axes = plt.subplots(figsize=(5, 3.5))
     for name, points in curves.items():
-        eps = [radius * 255 for radius in points]
-        right = np.array([100 * np.mean(r) for r in points.values()])
-        ends = np.array([[100 * end for end in interval(r)] for r in points.values()]).T
-        axes.errorbar(eps, right, np.abs(ends - right), marker="o", capsize=3, label=name)
-    axes.set(xlabel="eps · 255", ylabel="right, per cent", ylim=(0, 100), title=task.title)
-    axes.legend()
-    path = task.results / f"attacks_{task.name}.png"
+        eps = sorted(points)
+        if len(eps) < 3:  # no curve was asked for
+            continue
+        right, low, high = (np.array(part) for part in zip(*[points[e] for e in eps], strict=True))
+        axes.errorbar(eps, right, (right - low, high - right), marker="o", capsize=3, label=name)
+    axes.set(xlabel="eps · 255", ylabel="right, per cent", ylim=(0, 100))
+    axes.set_title(lines[0]["network"])
+    if axes.has_data():
+        axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
 def rows_of(task, settings):
-    own = settings["data"][task.name]
+    own = settings | settings["data"][task.name]
     X, y = task.X_test, task.y_test
     eps = attack_settings(task.name)[0]
     transferred = attack_network(task, X, y)
+
+    lines = []
 
     def row(name, parameters, kind, radius, right):
         line = {
@@ -105,6 +117,7 @@ def rows_of(task, settings):
             "right": share(right),
         }
         print(*list(line.values())[2:], flush=True)
+        lines.append(line)
         return line
 
     def adaptive(fitted, X, y, eps, threat_weight=0):
@@ -115,7 +128,7 @@ def rows_of(task, settings):
             eps=eps,
             threat_weight=threat_weight,
             random_state=0,
-            **settings["adaptive"],
+            **own["adaptive"],
         )
         return attack.generate(X, y)
 
@@ -129,7 +142,6 @@ def rows_of(task, settings):
         "Square on scores": (by_square, own["n_square"]),
         "HopSkipJump": (by_hop_skip_jump, own["n_hop_skip_jump"]),
     }
-    curves = {}
     for entry in own["classifier"]:
         name, parameters = entry["name"], entry["parameters"]
         fitted = task.fit(entry["kind"], parameters)
@@ -151,13 +163,11 @@ def rows_of(task, settings):
         yield row(name, parameters, "worst", eps, worst)
 
         n = min(own["n_curve"], len(X))
-        curves[name] = {0: right["none"][:n]}
-        for factor in settings["eps_factors"]:
+        for factor in own["eps_factors"]:
             attacked = adaptive(fitted, X[:n], y[:n], factor * eps)
-            curves[name][factor * eps] = fitted.predict(attacked) == y[:n]
-            yield row(name, parameters, "adaptive", factor * eps, curves[name][factor * eps])
-        curves[name][eps] = right["adaptive"][:n]
-        draw(task, curves)
+            right = fitted.predict(attacked) == y[:n]
+            yield row(name, parameters, "adaptive", factor * eps, right)
+        draw(task.results / f"attacks_{task.name}.png", lines)
 
         if "threat" in entry:
             scorer = ThreatScorer(task.network, random_state=0, **entry["threat"])

@@ -109,14 +109,9 @@ def predict_network(network, X):
     return torch.cat(parts).argmax(dim=1).numpy()
 
 
-def interval(right):
-    """Give the 95 % interval of a share (Wilson)."""
-    return tuple(binomtest(int(np.sum(right)), len(right)).proportion_ci(0.95, "wilson"))
-
-
 def share(right):
-    """Give a share in per cent with its 95 % interval."""
-    low, high = interval(right)
+    """Give a share in per cent with its 95 % interval (Wilson)."""
+    low, high = binomtest(int(np.sum(right)), len(right)).proportion_ci(0.95, "wilson")
     return f"{100 * np.mean(right):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 

@@ -1,5 +1,7 @@
 """An attack on neighbours and populations, not on the network."""
 
+import itertools
+
 import numpy as np
 import torch
 from sklearn.utils import check_random_state, column_or_1d
@@ -35,11 +37,12 @@ class AdaptiveKNNAttack:
     class's fittest cells of real responses to :math:`x'`, under several seeds. They are renewed
     every few steps, and constants in between.
 
-    Where RAILS arbitrates, the network must be fooled as well, and toward the same class: in every
-    second restart what its logits are behind that of :math:`y` is added to the scores. With a
-    ``threat_weight`` the attack also keeps away from alarms: it descends that multiple of a
-    softened threat score, for which the same :math:`s_c` are taken in the layers of the threat
-    scorer, and only answers that are wrong and raise no alarm count.
+    Where RAILS arbitrates, an attacker may fool the vote, or the network toward a class that the
+    neighbours do not rule out. Each restart is then made twice, the second time with what the
+    network's logits are behind that of :math:`y` added to the scores. With a ``threat_weight`` the
+    attack also keeps away from alarms: it descends that multiple of a softened threat score, for
+    which the same :math:`s_c` are taken in the layers of the threat scorer, and only answers that
+    are wrong and raise no alarm count.
 
     Parameters
     ----------
@@ -204,17 +207,20 @@ class AdaptiveKNNAttack:
         if self._threat is not None:
             row_bytes += self._threat.row_bytes(rows[:1])
         step = max(1, BLOCK_BYTES // row_bytes)
+        # To fool the vote does not take the network, to keep its label standing does.
+        aims = (False, True) if self._defence.has_arbiter else (False,)
+        climbs = list(itertools.product(range(self.n_restarts), aims))
         with tqdm(
-            total=len(standing) * self.n_restarts, unit="row", disable=not self.verbose
+            total=len(standing) * len(climbs), unit="row", disable=not self.verbose
         ) as progress:
-            for restart in range(self.n_restarts):
+            for number, (restart, with_network) in enumerate(climbs, start=1):
                 still = []
                 for part in standing.split(step) if len(standing) else ():
-                    point, wrong = self._climb(rows[part], labels[part], restart)
+                    point, wrong = self._climb(rows[part], labels[part], restart, with_network)
                     found[part[wrong]] = point[wrong]
                     still.append(part[~wrong])
                     # A row that has fallen needs no more restarts.
-                    n_left = self.n_restarts - restart - 1
+                    n_left = len(climbs) - number
                     progress.update(len(part) + int(wrong.sum()) * n_left)
                 standing = torch.cat(still) if still else standing
         return found.cpu().numpy().reshape(len(rows), *np.shape(X)[1:])
@@ -232,7 +238,7 @@ class AdaptiveKNNAttack:
         wrong = self._defence.predict(points) != labels
         return wrong if self._threat is None else wrong & ~self._threat.is_alarm(points)
 
-    def _climb(self, rows, labels, restart):
+    def _climb(self, rows, labels, restart, with_network):
         """Climb the margin from one start; give the last points and whether they are wrong."""
         points = self._into_ball(self._start(rows, labels, restart), rows)
         wrong = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -258,7 +264,9 @@ class AdaptiveKNNAttack:
                     for layer in references
                 }
                 threat = None if self._threat is None else self._threat.soften(points[left])
-            gradient = self._slope(points[left], labels[left], soft_scores, threat, restart)
+            gradient = self._slope(
+                points[left], labels[left], soft_scores, threat, restart, with_network
+            )
             points[left] = self._into_ball(points[left] + self.step * gradient.sign(), rows[left])
         return points, wrong
 
@@ -279,12 +287,12 @@ class AdaptiveKNNAttack:
         points = points.clamp(rows - self.eps, rows + self.eps)
         return points if self.clip is None else points.clamp(*self.clip)
 
-    def _slope(self, points, labels, soft_scores, threat, restart):
+    def _slope(self, points, labels, soft_scores, threat, restart, with_network):
         points = points.detach().requires_grad_()
         total = 0
         own = one_hot(labels, len(self.estimator.classes_)).bool()
         behind = 0
-        if self._defence.has_arbiter and restart % 2 == 0:
+        if with_network:
             logits = self._defence.logits(points)
             # An attacker has no use for more of a lead than it takes to fool the network.
             behind = (logits - logits[own][:, None]).clamp(max=0)
