@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import warnings
 from dataclasses import replace
 from numbers import Integral, Real
 
@@ -478,6 +479,9 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
 
     def _arbitrate(self, X):
         """Give the scores with which the network's labels stand, and the labels' p-values."""
+        check_is_fitted(
+            self, "_calibration", msg="arbitration was None when %(name)s was fitted: fit it again."
+        )
         n_plasma = n_elite(self.plasma_fraction, self.population_size)
         scores, p_values = [], []
         for rows in gen_batches(len(X), FIT_ROWS):
@@ -496,6 +500,13 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
 
     def _judge_training_rows(self, X):
         own = torch.linspace(0, len(X) - 1, min(CALIBRATION_ROWS, len(X))).long().unique()
+        if self.arbitration * (len(own) + 1) < 1:
+            warnings.warn(
+                f"arbitration={self.arbitration} needs {math.ceil(1 / self.arbitration) - 1} rows "
+                f"to judge by, but there are {len(own)}: all labels of the network will stand. "
+                "Take a larger value, or more training rows (1,000 are used at most).",
+                stacklevel=5,
+            )
         against = []
         for rows in own.split(FIT_ROWS):
             labels, total = self._features.predict(X[rows.tolist()]), 0

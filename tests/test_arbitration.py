@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
@@ -164,6 +165,12 @@ def test_what_cannot_be_arbitrated_is_named(task):
     with pytest.raises(ValueError, match="it has 10 outputs and y has 9 classes"):
         rails.fit(X[y != 3], y[y != 3])
     assert not hasattr(rails, "classes_")
+    rails.set_params(arbitration=None).fit(X, y).set_params(arbitration=0.1)
+    with pytest.raises(NotFittedError, match="arbitration was None when RAILSClassifier was fit"):
+        rails.predict(X[:2])
+    rails.set_params(arbitration=0.0005)
+    with pytest.warns(UserWarning, match="needs 1999 rows to judge by, but there are 600: all lab"):
+        rails.fit(X, y)
     for wrong in (0, 1, -0.5, "always"):
         with pytest.raises(ValueError, match="'arbitration' parameter"):
             RAILSClassifier(network, arbitration=wrong, **CHEAP).fit(X, y)
