@@ -27,7 +27,7 @@ from .features import (
 )
 from .immune.affinity import affinity_to
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
-from .immune.flocking import ClassNeighbors, drop_own, scale_of_affinity
+from .immune.flocking import ClassNeighbors, flock_without_own, scale_of_affinity
 from .immune.maturation import (
     Schedule,
     clone_neighbors,
@@ -499,7 +499,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         return np.concatenate(scores), np.concatenate(p_values)
 
     def _judge_training_rows(self, X):
-        own = torch.linspace(0, len(X) - 1, min(CALIBRATION_ROWS, len(X))).long().unique()
+        own = _spread_rows(X, CALIBRATION_ROWS)
         if self.arbitration * (len(own) + 1) < 1:
             warnings.warn(
                 f"arbitration={self.arbitration} needs {math.ceil(1 / self.arbitration) - 1} rows "
@@ -507,17 +507,18 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
                 "Take a larger value, or more training rows (1,000 are used at most).",
                 stacklevel=5,
             )
-        against = []
-        for rows in own.split(FIT_ROWS):
-            labels, total = self._features.predict(X[rows.tolist()]), 0
-            for layer, features in self._features(X[rows.tolist()]).items():
-                flock = self.neighbors_[layer].kneighbors(
-                    features, self.n_neighbors + 1, self._recall(layer)
-                )
-                affinity, _ = drop_own(*flock, rows.to(features.device))
-                total = total + disagreement(affinity, labels) / self.tau_[layer]
-            against.append(total.cpu().numpy())
-        return np.sort(np.concatenate(against))
+        rows = X[own.tolist()]
+        labels, against = self._features.predict(rows), 0
+        for layer, features in self._features(rows).items():
+            flocked = flock_without_own(
+                self.neighbors_[layer],
+                own.to(self.device_),
+                features,
+                self.n_neighbors,
+                self._recall(layer),
+            )
+            against = against + disagreement(flocked, labels) / self.tau_[layer]
+        return np.sort(against.cpu().numpy())
 
     def _check_outputs(self, X):
         """Complain where the network has no answers that could be put to the vote."""
@@ -641,7 +642,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             yield layer, flocked, population
 
     def _scale_tau(self, X):
-        own = torch.linspace(0, len(X) - 1, min(TAU_ROWS, len(X))).long().unique()
+        own = _spread_rows(X, TAU_ROWS)
         return {
             layer: scale_of_affinity(
                 self.neighbors_[layer],
@@ -723,3 +724,8 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
 
 def _shares(scores):
     return scores / scores.sum(axis=1, keepdims=True)
+
+
+def _spread_rows(X, n_rows):
+    """Give positions of some rows, from all over X."""
+    return torch.linspace(0, len(X) - 1, min(n_rows, len(X))).long().unique()

@@ -93,19 +93,19 @@ class _References:
 
     def near(self, rows):
         """Give the references in each layer, and which of them are there."""
-        references = {}
-        for layer, features in self._features(rows).items():
-            _, index = self._neighbors[layer].kneighbors(features, self._n_references)
-            references[layer] = self._examples[layer][index.clamp(min=0)], index >= 0
-        return references
+        return self.near_with_scales(rows)[0]
 
     def scales(self, rows):
         """Give a third of the median distance of the k-th neighbour, in each layer."""
-        scales = {}
+        return self.near_with_scales(rows)[1]
+
+    def near_with_scales(self, rows):
+        references, scales = {}, {}
         for layer, features in self._features(rows).items():
-            affinity, _ = self._neighbors[layer].kneighbors(features, self._n_references)
+            affinity, index = self._neighbors[layer].kneighbors(features, self._n_references)
+            references[layer] = self._examples[layer][index.clamp(min=0)], index >= 0
             scales[layer] = _scale_of(affinity, self._n_references)
-        return scales
+        return references, scales
 
 
 class NeighborsView:
@@ -170,7 +170,7 @@ class ThreatView:
             here = features.with_gradient(points)
         soft_scores = {}
         for method, references in self._references.items():
-            near, scales = references.near(points), references.scales(points)
+            near, scales = references.near_with_scales(points)
             for layer in near:
                 soft_scores[method, layer] = soft_class_scores(
                     references.affinity, *near[layer], here[layer], scales[layer]

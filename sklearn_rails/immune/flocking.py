@@ -427,6 +427,29 @@ def drop_own(affinity, index, own):
     return affinity.gather(2, kept), index.gather(2, kept)
 
 
+def flock_without_own(neighbors, own, features, n_neighbors, recall=None):
+    """Flock for training rows as if they were new: each is left out of its own neighbours.
+
+    Parameters
+    ----------
+    neighbors : ClassNeighbors
+    own : torch.Tensor of shape (n,), int64
+        Positions of the rows among the examples.
+    features : torch.Tensor of shape (n, n_features)
+        Their features.
+    n_neighbors : int
+    recall
+        As :meth:`ClassNeighbors.kneighbors` takes it.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes, n_neighbors)
+        Affinities, minus infinity where a class has no more.
+    """
+    flock = neighbors.kneighbors(features, n_neighbors + 1, recall)
+    return drop_own(*flock, own)[0]
+
+
 def scale_of_affinity(neighbors, own, features, n_neighbors, recall=None):
     """Resolve tau="scale": a share of the spread of affinities within a typical flock.
 
@@ -446,8 +469,8 @@ def scale_of_affinity(neighbors, own, features, n_neighbors, recall=None):
     float
         Above 0.
     """
-    flock = neighbors.kneighbors(features, n_neighbors + 1, recall)
-    affinity = drop_own(*flock, own)[0].flatten(1).cpu().numpy().astype(np.float64)
+    flocked = flock_without_own(neighbors, own, features, n_neighbors, recall)
+    affinity = flocked.flatten(1).cpu().numpy().astype(np.float64)
     affinity[np.isinf(affinity)] = np.nan
     counted = np.isfinite(affinity).sum(axis=1) > 1
     spread = np.nanstd(affinity[counted], axis=1)
