@@ -10,8 +10,8 @@ from sklearn.utils.validation import check_is_fitted
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
 from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
+from .immune.conformity import conformal_p_values, neighbor_votes
 from .immune.flocking import ClassNeighbors
-from .immune.sensing import conformal_p_values, neighbor_votes
 
 
 class DkNNClassifier(ClassifierMixin, SharesNetwork):

@@ -26,6 +26,7 @@ from .features import (
     open_parameter,
 )
 from .immune.affinity import affinity_to
+from .immune.conformity import conformal_p_values, disagreement
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
 from .immune.flocking import ClassNeighbors, flock_without_own, scale_of_affinity
 from .immune.maturation import (
@@ -36,7 +37,6 @@ from .immune.maturation import (
     mutation_steps,
 )
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
-from .immune.sensing import conformal_p_values, disagreement
 
 # Random numbers for so many elements of cells are kept for the next block of rows.
 CACHED_NUMBERS = 8 * 2**20
@@ -527,13 +527,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
                 f"arbitration={self.arbitration} is about a network's labels, but there is no "
                 "network: give a feature_extractor, or arbitration=None."
             )
-        n_outputs, n_classes = self._features.outputs(X[:1]).shape[1], len(self.classes_)
-        if n_outputs != n_classes and (n_outputs, n_classes) != (1, 2):
-            raise ValueError(
-                f"arbitration={self.arbitration} needs a network with an output for each class, "
-                f"in the order of classes_, but it has {n_outputs} outputs and y has {n_classes} "
-                "classes."
-            )
+        self._features.check_outputs(X, len(self.classes_), f"arbitration={self.arbitration}")
 
     def _answer(self, X, answer_block):
         """Answer blocks of rows whose populations fit into memory."""

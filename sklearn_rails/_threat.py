@@ -6,17 +6,21 @@ from numbers import Integral, Real
 
 import numpy as np
 from sklearn.base import OneToOneFeatureMixin, OutlierMixin, TransformerMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_is_fitted
 
 from ._compat import Interval, StrOptions, fit_context
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
 from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
-from .immune.sensing import SENSORS, ConformalScale
+from .immune.conformity import ConformalScale
+from .immune.sensing import ABOUT_ANSWERS, ABOUT_LABELS, SENSORS, CleanRows, NewRows
 
 # Rows that calibrate, each left out of its own neighbours: enough for a false-alarm rate of 5 %
 # to be met within a third of a point (one standard deviation).
 MAX_CALIBRATION_ROWS = 5000
+
+# Rows that are judged together.
+BLOCK_ROWS = 1024
 
 
 class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
@@ -35,10 +39,21 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
     layers : str or sequence of str, default=None
         Layers that are looked at, as in ``module.named_modules()``. None takes the extractor's own
         layers, else the network's output.
-    method : {"credibility", "distance"} or list of them, default="credibility"
-        ``"credibility"``: how many of the k neighbours, over all layers, are not of the most
-        frequent class [1]_; ``"distance"``: distance of the k-th neighbour on L2-normalised
-        features, in each layer [2]_. Of a list, the evidence is added up.
+    method : str or list of str, default="credibility"
+        What is scored, in each layer unless it says otherwise; of a list, the evidence is added up.
+
+        - ``"credibility"``: how many of the k neighbours, over all layers, are not of the most
+          frequent class [1]_;
+        - ``"disagreement"``: how many of them are not of the class that the network predicts;
+        - ``"distance"``: distance of the k-th neighbour on L2-normalised features [2]_;
+        - ``"kernel_density"``: minus the log density of the predicted class, by a Gaussian kernel
+          whose bandwidth is the median distance of the k-th neighbour [3]_;
+        - ``"mahalanobis"``: squared Mahalanobis distance of the nearest class mean, by the
+          covariance within the classes, shrunk [4]_ [5]_;
+        - ``"lid"``: local intrinsic dimensionality of the k neighbours [6]_;
+        - ``"feature_squeezing"``: how far the network's probabilities move when the input is
+          rounded (to one bit for grey images, five for others) or, if it is an image, smoothed by
+          a median filter, not layer by layer [7]_.
     alpha : float, default=0.05
         False-alarm rate on clean data.
     output : {"scores", "passthrough"}, default="scores"
@@ -99,6 +114,16 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
        and Robust Deep Learning", 2018, arXiv:1803.04765.
     .. [2] Y. Sun, Y. Ming, X. Zhu, Y. Li, "Out-of-Distribution Detection with Deep Nearest
        Neighbors", ICML 2022.
+    .. [3] R. Feinman, R. Curtin, S. Shintre, A. Gardner, "Detecting Adversarial Samples from
+       Artifacts", 2017, arXiv:1703.00410.
+    .. [4] K. Lee, K. Lee, H. Lee, J. Shin, "A Simple Unified Framework for Detecting
+       Out-of-Distribution Samples and Adversarial Attacks", NeurIPS 2018.
+    .. [5] O. Ledoit, M. Wolf, "A Well-Conditioned Estimator for Large-Dimensional Covariance
+       Matrices", Journal of Multivariate Analysis 88, 2004.
+    .. [6] X. Ma et al., "Characterizing Adversarial Subspaces Using Local Intrinsic
+       Dimensionality", ICLR 2018.
+    .. [7] W. Xu, D. Evans, Y. Qi, "Feature Squeezing: Detecting Adversarial Examples in Deep Neural
+       Networks", NDSS 2018.
 
     Examples
     --------
@@ -160,7 +185,10 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             Clean inputs, finite.
         y : array-like of shape (n,), default=None
             Their classes. None takes those that the network predicts; without a network either,
-            all rows are of one class, and credibility is a matter of the distance alone.
+            all rows are of one class, and credibility is a matter of the distance alone. For
+            ``"disagreement"`` and ``"kernel_density"`` the network needs an output for each class,
+            in the order of the sorted classes; without a network, ``"kernel_density"`` takes all
+            rows as one class, and ``"disagreement"`` and ``"feature_squeezing"`` cannot be had.
 
         Returns
         -------
@@ -181,14 +209,16 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         self._features.probe(X)
         self.layers_ = self._features.layers
         self.n_neighbors_ = min(self.n_neighbors, len(X) - 1)
+        self._check_network()
 
-        labels = self._find_classes(X, y)
-        features = self._features(X)
-        self._sensors = [SENSORS[m](features, labels, self.n_neighbors_) for m in self.methods_]
+        labels, n_classes = self._find_classes(X, y)
+        clean = CleanRows(
+            X, self._features(X), labels, n_classes, self.n_neighbors_, self._features
+        )
+        self._sensors = [SENSORS[method](clean) for method in self.methods_]
         rng = check_random_state(self.random_state)
         rows = rng.permutation(len(X))[:MAX_CALIBRATION_ROWS]
-        # The rows stay where they are: a left-out row is named by its place.
-        scores = self._sense({layer: f[rows] for layer, f in features.items()}, own=rows)
+        scores = self._sense(X, own=rows)
         self._calibrate(scores)
         return self
 
@@ -284,19 +314,46 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             )
         return methods
 
+    def _check_network(self):
+        about = [m for m in self.methods_ if m in ABOUT_ANSWERS]
+        if about and not self._features.has_network:
+            raise ValueError(
+                f"method={self.method!r}: {about[0]!r} is about a network's answers, but there is "
+                "no network: give a feature_extractor, or another method."
+            )
+        if "lid" in self.methods_ and self.n_neighbors_ < 2:
+            raise ValueError(
+                f"method={self.method!r}: 'lid' compares distances of neighbours and needs 2 or "
+                f"more, but n_neighbors={self.n_neighbors} and there are {self.n_neighbors_ + 1} "
+                "rows."
+            )
+
     def _find_classes(self, X, y):
         if y is not None:
-            return np.unique(y, return_inverse=True)[1]
+            classes, labels = np.unique(y, return_inverse=True)
+            if self._features.has_network and set(self.methods_) & set(ABOUT_LABELS):
+                self._features.check_outputs(X, len(classes), f"method={self.method!r}")
+            return labels, len(classes)
         if not self._features.has_network:
-            return np.zeros(len(X), dtype=np.int64)
-        return self._features.predict(X).cpu().numpy()
+            return np.zeros(len(X), dtype=np.int64), 1
+        n_outputs = self._features.outputs(X[:1]).shape[1]
+        return self._features.predict(X).cpu().numpy(), max(n_outputs, 2)
 
-    def _sense(self, features, own=None):
-        """Give every method's raw scores: a list of arrays (n, n_scores)."""
-        return [sensor(features, own) for sensor in self._sensors]
+    def _sense(self, X, own=None):
+        """Give every method's raw scores: a list of arrays (n, n_scores).
+
+        ``own`` are the places of clean rows in X, which are then judged without themselves.
+        """
+        blocks = []
+        for part in gen_batches(len(X) if own is None else len(own), BLOCK_ROWS):
+            places = None if own is None else own[part]
+            rows = X[part if own is None else places]
+            rows = NewRows(rows, self._features(rows), self._features, places)
+            blocks.append([sensor(rows) for sensor in self._sensors])
+        return [np.concatenate(scores) for scores in zip(*blocks, strict=True)]
 
     def _weigh(self, X):
-        return self._evidence(self._sense(self._features(X)))
+        return self._evidence(self._sense(X))
 
     def _evidence(self, scores):
         columns = [

@@ -13,7 +13,7 @@ from torch import nn
 
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
 from sklearn_rails.demo import pgd, train_network
-from sklearn_rails.immune.sensing import disagreement
+from sklearn_rails.immune.conformity import disagreement
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
 

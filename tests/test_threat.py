@@ -11,8 +11,12 @@ from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import normalize
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
+from sklearn_rails.demo import train_network
+from sklearn_rails.immune.sensing import SENSORS
 
-METHODS = ["credibility", "distance", ["credibility", "distance"]]
+ANYWHERE = ["credibility", "distance", "kernel_density", "mahalanobis", "lid"]
+METHODS = [*ANYWHERE, ["credibility", "distance"], ANYWHERE]
+WITH_NETWORK = [*SENSORS, list(SENSORS)]
 
 
 @pytest.fixture
@@ -22,7 +26,8 @@ def split(digits):
     return X[order[:900]], y[order[:900]], X[order[900:]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_alarms_on_clean_rows_are_as_rare_as_asked_for(split, method, with_labels):
     X, y, new = split
@@ -34,9 +39,35 @@ def test_alarms_on_clean_rows_are_as_rare_as_asked_for(split, method, with_label
         assert abs(rate - alpha) < 3 * spread
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WITH_NETWORK, ids=str)
+def test_alarms_with_a_network_are_as_rare_as_asked_for(split, method):
+    X, y, new = split
+    network = train_network(X[:300].reshape(-1, 1, 8, 8), y[:300], max_epochs=5, verbose=0)
+    # Not the rows that the network was trained on.
+    X, y = X[300:], y[300:]
+    scorer = ThreatScorer(
+        network, layers=["conv2", "fc"], method=method, input_shape=(1, 8, 8), random_state=0
+    )
+    for alpha in (0.05, 0.2):
+        scorer.set_params(alpha=alpha).fit(X, y)
+        rate = (scorer.predict(new) == -1).mean()
+        spread = np.sqrt(alpha * (1 - alpha) * (1 / len(new) + 1 / scorer.n_calibration_))
+        assert abs(rate - alpha) < 3 * spread
+
+
 # Noise lies far from all classes, but what few neighbours it has may be of one: credibility alone
 # is not made for it.
-@pytest.mark.parametrize(("method", "auroc"), [("credibility", 0.85), ("distance", 0.99)])
+@pytest.mark.parametrize(
+    ("method", "auroc"),
+    [
+        ("credibility", 0.85),
+        ("distance", 0.99),
+        ("kernel_density", 0.99),
+        ("mahalanobis", 0.99),
+        ("lid", 0.9),
+    ],
+)
 def test_noise_is_more_suspect_than_clean_rows(split, method, auroc):
     X, y, new = split
     scorer = ThreatScorer(method=method, random_state=0).fit(X, y)
@@ -88,7 +119,7 @@ def test_before_a_classifier_in_a_pipeline_and_beside_features_in_a_union(split)
     scorer = ThreatScorer(output="passthrough").fit(X, y)
     assert scorer.transform(new) is new
     assert list(scorer.get_feature_names_out()[:2]) == ["x0", "x1"]
-    union = make_union("passthrough", ThreatScorer(method=METHODS[2])).fit(X, y)
+    union = make_union("passthrough", ThreatScorer(method=["credibility", "distance"])).fit(X, y)
     assert union.transform(new).shape == (len(new), 66)
     frame = union.set_output(transform="pandas").transform(new)
     assert list(frame.columns[-2:]) == [
@@ -99,7 +130,9 @@ def test_before_a_classifier_in_a_pipeline_and_beside_features_in_a_union(split)
 
 def test_saved_scorers_answer_as_before(conv_net, split):
     X, y, new = split
-    scorer = ThreatScorer(conv_net, layers=["conv1", "conv2"], input_shape=(1, 8, 8)).fit(X, y)
+    scorer = ThreatScorer(
+        conv_net, layers=["conv1", "conv2"], method=list(SENSORS), input_shape=(1, 8, 8)
+    ).fit(X, y)
     loaded = pickle.loads(pickle.dumps(scorer))
     assert_array_equal(loaded.score_samples(new), scorer.score_samples(new))
 
@@ -120,9 +153,22 @@ def test_too_few_rows_for_alpha_are_told():
         ({"method": []}, "one or more"),
         ({"alpha": 0.0}, "'alpha' parameter"),
         ({"output": "frame"}, "'output' parameter"),
+        (
+            {"method": "disagreement"},
+            r"'disagreement' is about a network's answers",
+        ),
+        ({"method": ["distance", "feature_squeezing"]}, "'feature_squeezing' is about a network"),
+        ({"method": "lid", "n_neighbors": 1}, "'lid' compares distances .* n_neighbors=1"),
         ({"layers": "conv1"}, r"does not have: \['conv1'\]"),
     ],
 )
 def test_bad_parameters_are_named(split, params, message):
     with pytest.raises(ValueError, match=message):
         ThreatScorer(**params).fit(split[0])
+
+
+def test_labels_need_an_output_for_each_class(conv_net, split):
+    X, y, _ = split
+    scorer = ThreatScorer(conv_net, method="disagreement", input_shape=(1, 8, 8))
+    with pytest.raises(ValueError, match=r"method='disagreement' needs .* 10 outputs .* 2 classes"):
+        scorer.fit(X, y % 2)

@@ -65,6 +65,7 @@ class VGG16(nn.Sequential):
                 n_in = width
             blocks.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
         super().__init__(*blocks, nn.Flatten(), nn.Linear(512, n_classes))
+        self.to(memory_format=torch.channels_last)
 
 
 class Augmented(NeuralNetClassifier):
@@ -78,6 +79,14 @@ class Augmented(NeuralNetClassifier):
         top, left = torch.randint(9, (2,)).tolist()
         X = X[:, :, top : top + 32, left : left + 32]
         return super().train_step_single((X, y), **fit_params)
+
+
+class AugmentedHalf(Augmented):
+    """Trains in half precision, which halves the time of wide convolutions where a CPU has it."""
+
+    def train_step_single(self, batch, **fit_params):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().train_step_single(batch, **fit_params)
 
 
 class AdversariallyTrained(NeuralNetClassifier):
@@ -154,7 +163,7 @@ RECIPES = {
     "svhn": Recipe(ResNet9, 5_000, 12, 5e-3),
     "svhn_adversarial": Recipe(ResNet9, 5_000, 8, 5e-3, AdversariallyTrained, ADVERSARIAL_COLOUR),
     "cifar10": Recipe(ResNet9, 45_000, 5, 5e-3, Augmented),
-    "cifar10_vgg": Recipe(VGG16, 45_000, 3, 2e-3, Augmented),
+    "cifar10_vgg": Recipe(VGG16, 45_000, 3, 2e-3, AugmentedHalf),
     "cifar10_adversarial": Recipe(
         ResNet9, 45_000, 2, 5e-3, AdversariallyTrained, ADVERSARIAL_COLOUR
     ),

@@ -10,6 +10,7 @@ from .._threat import ThreatScorer
 from ..immune.affinity import affinity_to
 from ..immune.consensus import fittest
 from ..immune.flocking import ClassNeighbors
+from ..immune.sensing import soft_labels
 
 
 def soft_class_scores(affinity, members, there, origin, scale):
@@ -131,7 +132,7 @@ class NeighborsView:
 
 
 class ThreatView:
-    """A threat scorer as the attack sees it: softened nearness in its layers."""
+    """A threat scorer as the attack sees it: scores that can be differentiated."""
 
     def __init__(self, rails, train, labels, n_references):
         scorer = getattr(rails, "threat_scorer_", None)
@@ -145,16 +146,10 @@ class ThreatView:
         self._scorer = scorer
         n_classes = len(rails.classes_)
         self._references = {
-            # Distances of normalised features go with their cosines.
-            method: _References(
-                scorer._features,
-                train,
-                labels,
-                n_classes,
-                n_references,
-                "cosine" if method == "distance" else "euclidean",
+            affinity: _References(
+                scorer._features, train, labels, n_classes, n_references, affinity
             )
-            for method in scorer.methods_
+            for affinity in {_AFFINITY_OF[m] for m in scorer.methods_ if m in _AFFINITY_OF}
         }
 
     def row_bytes(self, row):
@@ -165,27 +160,70 @@ class ThreatView:
 
     def soften(self, points):
         """Give a threat score that is differentiable near some points."""
-        features = self._scorer._features
+        features, layers = self._scorer._features, self._scorer.layers_
         with torch.no_grad():
             here = features.with_gradient(points)
-        soft_scores = {}
-        for method, references in self._references.items():
+        nearness = {}
+        for affinity, references in self._references.items():
             near, scales = references.near_with_scales(points)
-            for layer in near:
-                soft_scores[method, layer] = soft_class_scores(
-                    references.affinity, *near[layer], here[layer], scales[layer]
+            for layer in layers:
+                nearness[affinity, layer] = soft_class_scores(
+                    affinity, *near[layer], here[layer], scales[layer]
                 )
+        sensors = dict(zip(self._scorer.methods_, self._scorer._sensors, strict=True))
 
         def threat(points):
-            total, found = 0, features.with_gradient(points)
-            for (method, layer), score in soft_scores.items():
-                scores = score(found[layer])
-                total = total - scores.amax(dim=1)
-                if method == "credibility":
-                    total = total + torch.logsumexp(scores, dim=1)
+            total = 0
+            asked = layers if not features.has_network else (*layers, features.output)
+            found = features.with_gradient(points, asked)
+            shares = soft_labels(found[features.output]) if features.has_network else None
+            for method, sensor in sensors.items():
+                if method == "feature_squeezing":
+                    total = total + self._soft_squeezing(points, shares, sensor)
+                    continue
+                for layer in layers:
+                    if method == "mahalanobis":
+                        squares = sensor.squared_distances(layer, found[layer])
+                        total = total + squares.amin(dim=1).log()
+                    else:
+                        scores = nearness[_AFFINITY_OF[method], layer](found[layer])
+                        total = total + _soft_threat(method, scores, shares)
             return total
 
         return threat
+
+    def _soft_squeezing(self, points, shares, sensor):
+        features = self._scorer._features
+        moved = []
+        for squeezed in sensor.squeeze(points.detach()):
+            # Rounding has no slope of its own; it passes for the identity (Athalye et al. 2018).
+            squeezed = points + (features.to_device(squeezed) - points).detach()
+            outputs = features.with_gradient(squeezed, (features.output,))[features.output]
+            moved.append((soft_labels(outputs) - shares).abs().sum(dim=1))
+        return torch.stack(moved).amax(dim=0)
+
+
+# The neighbours that a method of ThreatScorer looks at; distances of normalised features go with
+# their cosines.
+_AFFINITY_OF = {
+    "credibility": "euclidean",
+    "disagreement": "euclidean",
+    "kernel_density": "euclidean",
+    "lid": "euclidean",
+    "distance": "cosine",
+}
+
+
+def _soft_threat(method, scores, shares):
+    """Soften the threat that neighbours' classes speak of; scores are those of the classes."""
+    best, every = scores.amax(dim=1), torch.logsumexp(scores, dim=1)
+    if method == "credibility":
+        return every - best
+    if method in ("distance", "lid") or shares is None:
+        return -best
+    # A class without references has a score of minus infinity.
+    own = (shares * scores.clamp_min(-1e6)).sum(dim=1)
+    return every - own if method == "disagreement" else -own
 
 
 class PopulationsView:

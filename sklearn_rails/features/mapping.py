@@ -220,8 +220,34 @@ class FeatureMap:
         torch.Tensor of shape (n,), int64
             The output that is highest. A single output is the logit of the second of two classes.
         """
-        outputs = self.outputs(X)
+        return self.label(self.outputs(X))
+
+    @staticmethod
+    def label(outputs):
+        """Give the labels that :meth:`predict` takes from the network's outputs."""
         return outputs.argmax(dim=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
+
+    def check_outputs(self, X, n_classes, parameter):
+        """Complain where the network's labels cannot be classes.
+
+        Parameters
+        ----------
+        X : ndarray or torch.Tensor of shape (n, n_features)
+        n_classes : int
+        parameter : str
+            What asks for the labels.
+
+        Raises
+        ------
+        ValueError
+            If the network has not an output for each class (or one, for two classes).
+        """
+        n_outputs = self.outputs(X[:1]).shape[1]
+        if n_outputs != n_classes and (n_outputs, n_classes) != (1, 2):
+            raise ValueError(
+                f"{parameter} needs a network with an output for each class, in the order of the "
+                f"sorted classes, but it has {n_outputs} outputs and y has {n_classes} classes."
+            )
 
     def compare_cells(self, cells, layer, antigens, compare, *, any_order):
         """Run populations from the start layer to another, and compare what comes out.

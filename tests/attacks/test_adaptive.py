@@ -8,10 +8,11 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails.attacks import AdaptiveKNNAttack
-from sklearn_rails.attacks._views import nearness_to
+from sklearn_rails.attacks._views import ThreatView, nearness_to
 from sklearn_rails.datasets import load_digit_images
 from sklearn_rails.demo import pgd, train_network
 from sklearn_rails.immune.affinity import affinity_to
+from sklearn_rails.immune.sensing import SENSORS
 from sklearn_rails.metrics import robust_accuracy_score
 
 # What a few steps suffice for; the defaults are for evaluations.
@@ -179,7 +180,7 @@ def test_the_attack_sees_which_labels_stand(task):
     assert_array_equal(answers.numpy()[stands], network.predict(attacked)[stands])
 
 
-@pytest.mark.parametrize("method", ["credibility", "distance", ["distance", "credibility"]])
+@pytest.mark.parametrize("method", ["credibility", "mahalanobis", ["distance", "credibility"]])
 def test_an_attack_keeps_away_from_alarms(task, method):
     network, X, y, X_test, y_test = task
     scorer = ThreatScorer(network, layers="conv1", method=method, n_neighbors=10, random_state=0)
@@ -200,6 +201,23 @@ def test_an_attack_keeps_away_from_alarms(task, method):
     assert caught[0] > caught[1] >= caught[2]
     assert silent[2] >= max(silent)
     assert silent[2] > silent[0]
+
+
+@pytest.mark.parametrize("method", SENSORS)
+def test_the_threat_falls_along_its_soft_version(task, method):
+    network, X, y, X_test, y_test = task
+    scorer = ThreatScorer(network, layers="conv1", method=method, n_neighbors=10, random_state=0)
+    rails = RAILSClassifier(network, layers="conv2", threat_scorer=scorer, random_state=0).fit(X, y)
+    scorer = rails.threat_scorer_
+    points = torch.from_numpy(pgd(network.module_, X_test, y_test, eps=0.2, step=0.05, max_iter=10))
+    points = points.flatten(1)
+    view = ThreatView(rails, torch.from_numpy(X).flatten(1), y, n_references=10)
+    before = scorer.score_samples(points)
+    for _ in range(10):
+        points.requires_grad_()
+        (slope,) = torch.autograd.grad(view.soften(points.detach())(points).sum(), points)
+        points = (points.detach() - 0.01 * slope.sign()).clamp(0, 1)
+    assert scorer.score_samples(points).mean() > before.mean() + 0.2
 
 
 def test_a_threat_weight_needs_a_threat_scorer_that_it_knows(task):
