@@ -127,7 +127,11 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
     threat_scorer : estimator, default=None
         An outlier detector with ``score_samples``, such as
         :class:`~sklearn_rails.ThreatScorer`. A clone is fitted to the training data, and its
-        scores go into the responses. It never changes a prediction.
+        scores go into the responses. It changes no prediction, but with ``triage``.
+    triage : bool, default=False
+        Breed only what the ``threat_scorer`` raises an alarm on. The fittest of the flocked
+        neighbours, as many as there would be plasma cells, vote on all other rows. Whoever evades
+        the scorer is then answered by nearest neighbours. Not together with ``arbitration``.
     device : str, default="auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there is a
         GPU, else the CPU.
@@ -228,6 +232,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         ],
         "storage": [StrOptions({"memory", "float16"}), str, os.PathLike],
         "threat_scorer": [None, HasMethods(["fit", "score_samples"])],
+        "triage": ["boolean"],
         "n_jobs": [None, Integral],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -258,6 +263,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         storage="memory",
         input_shape=None,
         threat_scorer=None,
+        triage=False,
         device="auto",
         dtype="float32",
         batch_size="auto",
@@ -287,6 +293,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self.storage = storage
         self.input_shape = input_shape
         self.threat_scorer = threat_scorer
+        self.triage = triage
         self.device = device
         self.dtype = dtype
         self.batch_size = batch_size
@@ -330,6 +337,8 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
                 f"population_size={self.population_size} is smaller than the number of classes, "
                 f"{n_classes}; every class needs a cell, so use {n_classes} or more."
             )
+        if self.triage:
+            self._check_triage()
         self._features = feature_map(self, self.feature_extractor, self.start_layer)
         self._features.probe(X)
         if self.arbitration is not None:
@@ -457,10 +466,9 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         check_is_fitted(self)
         rows = validate_rows(self, X)
         response = join_responses(self._answer(rows, self._respond_block))
-        if self.arbitration is not None:
-            scores, p_values = self._arbitrate(rows)
-            stands = p_values > self.arbitration
-            proba = np.where(stands[:, None], _shares(scores), response.proba)
+        if self.arbitration is not None or self.triage:
+            scores, bred, p_values = self._settle(rows, X)
+            proba = np.where(bred[:, None], response.proba, _shares(scores))
             labels = self.classes_[proba.argmax(axis=1)]
             response = replace(response, proba=proba, labels=labels, p_values=p_values)
         if not hasattr(self, "threat_scorer_"):
@@ -468,14 +476,41 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         return replace(response, threat=-self.threat_scorer_.score_samples(X))
 
     def _decide(self, X):
-        X = validate_rows(self, X)
-        if self.arbitration is None:
-            return np.concatenate(self._answer(X, self._score_block))
-        scores, p_values = self._arbitrate(X)
-        contested = np.flatnonzero(p_values <= self.arbitration)
-        if len(contested):
-            scores[contested] = np.concatenate(self._answer(X[contested], self._score_block))
+        rows = validate_rows(self, X)
+        if self.arbitration is None and not self.triage:
+            return np.concatenate(self._answer(rows, self._score_block))
+        scores, bred, _ = self._settle(rows, X)
+        bred = np.flatnonzero(bred)
+        if len(bred):
+            scores[bred] = np.concatenate(self._answer(rows[bred], self._score_block))
         return scores
+
+    def _settle(self, rows, X):
+        """Give scores without any breeding, for which rows it is needed, and why."""
+        if self.triage:
+            check_is_fitted(
+                self,
+                "threat_scorer_",
+                msg="threat_scorer was None when %(name)s was fitted: fit it again.",
+            )
+            scores = [self._count_flock(rows[part]) for part in gen_batches(len(rows), FIT_ROWS)]
+            return np.concatenate(scores), self.threat_scorer_.predict(X) == -1, None
+        scores, p_values = self._arbitrate(rows)
+        return scores, p_values <= self.arbitration, p_values
+
+    def _count_flock(self, X):
+        """Let the fittest flocked neighbours vote."""
+        n_plasma = n_elite(self.plasma_fraction, self.population_size)
+        votes, ties = 0, 0
+        for layer, features in self._features(X).items():
+            flocked, _ = self._flock(features, layer)
+            best = fittest(flocked.flatten(1), n_plasma)
+            there = flocked.flatten(1).gather(1, best) > -torch.inf
+            # A class beyond the last takes the votes of neighbours that are not there.
+            classes = torch.where(there, best // flocked.shape[2], len(self.classes_))
+            votes = votes + count_votes(classes, len(self.classes_) + 1)[:, :-1]
+            ties = ties + tie_break(flocked[..., 0], self.tau_[layer])
+        return self._join_votes(votes, ties)
 
     def _arbitrate(self, X):
         """Give the scores with which the network's labels stand, and the labels' p-values."""
@@ -497,6 +532,18 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             scores.append(self._join_votes(votes, ties))
             p_values.append(conformal_p_values(against.cpu().numpy(), self._calibration))
         return np.concatenate(scores), np.concatenate(p_values)
+
+    def _check_triage(self):
+        if self.arbitration is not None:
+            raise ValueError(
+                f"triage=True and arbitration={self.arbitration} both say which rows are bred; "
+                "choose one of them."
+            )
+        if not hasattr(self.threat_scorer, "predict"):
+            raise ValueError(
+                "triage=True needs a threat_scorer that raises alarms, with predict, got "
+                f"threat_scorer={self.threat_scorer!r}."
+            )
 
     def _judge_training_rows(self, X):
         own = _spread_rows(X, CALIBRATION_ROWS)

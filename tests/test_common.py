@@ -23,10 +23,14 @@ ESTIMATORS = [
     RAILSClassifier(NET, layers=["first", "second"], population_size=50, random_state=0),
     RAILSClassifier(NET, start_layer="first", early_stopping=False, random_state=0),
     RAILSClassifier(selection="class_balanced", crossover="uniform", threat_scorer=ThreatScorer()),
+    RAILSClassifier(threat_scorer=ThreatScorer(method="distance"), triage=True, random_state=0),
     DkNNClassifier(),
     DkNNClassifier(NET, layers=["first", "second"], calibration="leave-one-out"),
     ThreatScorer(),
-    ThreatScorer(NET, method=["credibility", "distance"]),
+    ThreatScorer(
+        NET, method=["credibility", "distance", "mahalanobis", "lid", "feature_squeezing"]
+    ),
+    ThreatScorer(method="kernel_density"),
     TorchFeatureExtractor(),
     TorchFeatureExtractor(NET, layers=["first", "output"]),
 ]

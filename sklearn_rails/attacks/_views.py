@@ -280,10 +280,10 @@ class PopulationsView:
             for layer, bred in references.items()
         }
         answers = torch.stack(answers).mode(dim=0).values
-        if self.has_arbiter:
-            scores, p_values = (torch.from_numpy(a) for a in self._estimator._arbitrate(rows))
-            stands = (p_values > self._estimator.arbitration).to(rows.device)
-            answers = torch.where(stands, scores.argmax(dim=1).to(rows.device), answers)
+        if self.has_arbiter or self._estimator.triage:
+            scores, bred, _ = self._estimator._settle(rows, rows)
+            settled = torch.from_numpy(scores.argmax(axis=1)).to(rows.device)
+            answers = torch.where(torch.from_numpy(bred).to(rows.device), answers, settled)
         return joined, answers
 
     def _best(self, population, neighbors, layer):
