@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from sklearn.base import ClassifierMixin, clone
-from sklearn.utils import gen_batches
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils import column_or_1d, gen_batches
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from tqdm.auto import tqdm
 
 from ._compat import HasMethods, Interval, StrOptions, fit_context
@@ -28,7 +28,12 @@ from .features import (
 from .immune.affinity import affinity_to
 from .immune.conformity import conformal_p_values, disagreement
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
-from .immune.flocking import ClassNeighbors, flock_without_own, scale_of_affinity
+from .immune.flocking import (
+    ClassNeighbors,
+    flock_without_own,
+    join_flocks,
+    scale_of_affinity,
+)
 from .immune.maturation import (
     Schedule,
     clone_neighbors,
@@ -36,6 +41,7 @@ from .immune.maturation import (
     mature,
     mutation_steps,
 )
+from .immune.memory import MemoryBank
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
 
 # Random numbers for so many elements of cells are kept for the next block of rows.
@@ -91,6 +97,9 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         units of each feature's range over the training data.
     plasma_fraction, memory_fraction : float, default=0.05 and 0.25
         Share of the final population, by affinity, that votes, and that is kept as memory.
+    memory_capacity : int, default=1000
+        Cells that are remembered in each layer at most, in equal shares of the classes; see
+        :meth:`remember`.
     affinity : {"euclidean", "cosine", "inner_product"} or callable, default="euclidean"
         Minus the distance of features, their cosine, or their inner product. A callable takes two
         tensors of shape (n, n_layer_features) and gives one of shape (n,), higher for closer.
@@ -164,7 +173,9 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
     n_neighbors_ : ndarray of shape (n_classes,)
         Neighbours that are flocked in each class.
     neighbors_ : dict of str to ClassNeighbors
-        The neighbour structure of each layer.
+        The neighbour structure of each layer, of the training data.
+    memory_ : dict of str to MemoryBank
+        What is remembered in each layer: ``cells`` and their ``labels``, positions in ``classes_``.
     seed_ : int
         What the random numbers are a function of, with the layer and the generation.
     device_ : torch.device
@@ -219,6 +230,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         "delta_max": [Interval(Real, 0, None, closed="left")],
         "plasma_fraction": [Interval(Real, 0, 1, closed="right")],
         "memory_fraction": [Interval(Real, 0, 1, closed="right")],
+        "memory_capacity": [Interval(Integral, 1, None, closed="left")],
         "affinity": [StrOptions({"euclidean", "cosine", "inner_product"}), callable],
         "selection": [StrOptions({"global", "class_balanced"})],
         "crossover": [StrOptions({"affinity", "uniform"})],
@@ -252,6 +264,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         delta_max=0.15,
         plasma_fraction=0.05,
         memory_fraction=0.25,
+        memory_capacity=1000,
         affinity="euclidean",
         selection="global",
         crossover="affinity",
@@ -282,6 +295,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self.delta_max = delta_max
         self.plasma_fraction = plasma_fraction
         self.memory_fraction = memory_fraction
+        self.memory_capacity = memory_capacity
         self.affinity = affinity
         self.selection = selection
         self.crossover = crossover
@@ -326,7 +340,131 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         """
         given = X, y
         X, y = validate_fit_rows(self, X, y, input_shape=open_parameter(self, "input_shape"))
-        self.classes_, y = np.unique(y, return_inverse=True)
+        self.classes_ = np.unique(y)
+        self.seed_ = draw_seed(self.random_state)
+        vars(self).pop("_allowed", None)
+        # As a threat scorer gets more rows in partial_fit.
+        is_flat = getattr(given[0], "ndim", 2) == 2
+        self._given_shape = (self.n_features_in_,) if is_flat else self.input_shape_
+        self._learn(X, y, given)
+        return self.forget()
+
+    @all_or_nothing
+    @fit_context(prefer_skip_nested_validation=False)
+    def partial_fit(self, X, y, classes=None):
+        """Add labelled training data, and keep what is remembered.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Training inputs, finite.
+        y : array-like of shape (n,)
+            Their classes.
+        classes : array-like of shape (n_classes,), default=None
+            All classes that may ever come; others are then an error. ``classes_`` has those of
+            which there is an example: a class without one cannot be flocked.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself, as if :meth:`fit` had got all rows so far: indexing them anew
+            costs a forward pass for each.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`fit`; or if the rows do not fit those before, or have a class that is not in
+            ``classes``. The estimator is then as it was before.
+        """
+        if not hasattr(self, "classes_"):
+            allowed = None if classes is None else np.unique(classes)
+            self._check_classes(y, allowed)
+            self.fit(X, y)
+            self._allowed = allowed
+            return self
+        self._check_classes(y, getattr(self, "_allowed", None) if classes is None else classes)
+        rows = validate_rows(self, X)
+        y = column_or_1d(y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y)
+        check_consistent_length(rows, y)
+        known, to_device = self.classes_, self._features.to_device
+        self.classes_ = np.unique(np.concatenate([known, y]))
+        before = self._cells if self.start_layer is None else self._rows
+        rows = torch.cat([to_device(before), to_device(rows)])
+        rows = rows.numpy() if rows.device.type == "cpu" else rows
+        y = np.concatenate([known[self._y], y])
+        memory = self.memory_
+        self._learn(rows, y, (rows.reshape(len(rows), *self._given_shape), y))
+        places = np.searchsorted(self.classes_, known)
+        self.memory_ = {
+            layer: bank.with_classes(len(self.classes_), places) for layer, bank in memory.items()
+        }
+        self._index_memory()
+        return self
+
+    @all_or_nothing
+    def remember(self, response, y=None, *, confidence=0.9):
+        """Keep a response's memory cells: from now on they are flocked as training rows are.
+
+        Of each row those cells are kept that are of the class that it was answered with, if the
+        plasma agreed on it; or, if its class is given, those that are of this class. Wrong
+        memories poison: whoever can feed rows can plant confident wrong answers, unless ``y`` is
+        given.
+
+        Parameters
+        ----------
+        response : ImmuneResponse
+            What :meth:`respond` gave.
+        y : array-like of shape (n,), default=None
+            The true classes of its rows.
+        confidence : float, default=0.9
+            Share of the plasma, over all layers, that must be of the class that a row was answered
+            with, without ``y``. 0 keeps all rows.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself. Each class has an equal share of ``memory_capacity``; the cells
+            that were remembered longest ago go first, and a cell is kept only once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the response is none, or one of an estimator with other layers, classes or cells, or
+            ``y`` does not fit. Nothing is then remembered.
+        """
+        check_is_fitted(self)
+        wanted, kept = self._check_memories(response, y, confidence)
+        memory = {}
+        for layer, bank in self.memory_.items():
+            # The best cells count as the newest of a row.
+            cells = response.memory[layer][:, ::-1]
+            labels = np.searchsorted(self.classes_, response.memory_labels[layer][:, ::-1])
+            chosen = (labels == wanted[:, None]) & kept[:, None]
+            memory[layer] = bank.with_cells(cells[chosen], labels[chosen])
+        self.memory_ = memory
+        self._index_memory()
+        return self
+
+    def forget(self):
+        """Forget all that is remembered.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself.
+        """
+        check_is_fitted(self)
+        shape = self._features.start_shape
+        self.memory_ = {
+            layer: MemoryBank(self.memory_capacity, len(self.classes_), shape)
+            for layer in self.layers_
+        }
+        self._index_memory()
+        return self
+
+    def _learn(self, X, y, given):
+        """Index rows; ``given`` are the same as the user has them."""
+        y = np.searchsorted(self.classes_, y)
         n_classes = len(self.classes_)
         if self.delta_min > self.delta_max:
             raise ValueError(
@@ -346,8 +484,10 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         for layer in self._features.layers:
             self._features.choose_layout(layer, **self._comparison())
         self.layers_ = self._features.layers
-        self.seed_ = draw_seed(self.random_state)
         self._draws = {}
+        self._y = y
+        if self.start_layer is not None:  # else the rows are the cells
+            self._rows = X
         self._cells = self._features.start(X)
         self._domain = find_domain(self._cells, self.clip)
 
@@ -371,7 +511,6 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         vars(self).pop("threat_scorer_", None)
         if self.threat_scorer is not None:
             self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
-        return self
 
     def predict(self, X):
         """Predict classes.
@@ -438,7 +577,8 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             Minus the affinity, in each layer, smallest first; for the Euclidean affinity the
             distance. Infinite where a class has no more examples.
         indices : dict of str to ndarray of shape (n, n_classes, n_neighbors)
-            Positions in the training data; -1 where a class has no more examples.
+            Positions in the training data, and after its end in ``memory_[layer].cells``; -1 where
+            a class has no more examples.
         """
         check_is_fitted(self)
         X = validate_rows(self, X)
@@ -669,7 +809,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             flocked, index = self._flock(antigens, layer)
             parents, labels = clone_neighbors(index, self.population_size)
             population = mature(
-                bank[parents],
+                self._find_cells(parents, layer),
                 labels,
                 measure=self._measure_against(antigens, layer),
                 draw=self._draw_for(number, domain),
@@ -697,7 +837,64 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
 
     def _flock(self, features, layer):
         k = int(self.n_neighbors_.max())
-        return self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
+        flock = self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
+        if layer not in self._remembered:
+            return flock
+        affinity, index = self._remembered[layer].kneighbors(features, k)
+        return join_flocks(flock, (affinity, torch.where(index < 0, index, index + len(self._y))))
+
+    def _find_cells(self, index, layer):
+        """Give training rows, or beyond these remembered cells, by their positions."""
+        bank, n_train = self._bank(), len(self._y)
+        if layer not in self._remembered:
+            return bank[index]
+        cells = bank[index.clamp(max=n_train - 1)]
+        remembered = self._features.to_device(self.memory_[layer].cells).flatten(1)
+        beyond = index >= n_train
+        cells[beyond] = remembered[index[beyond] - n_train]
+        return cells
+
+    def _index_memory(self):
+        """Make what is remembered ready to be flocked."""
+        self._remembered = {}
+        for layer, bank in self.memory_.items():
+            if len(bank):
+                cells = self._features.to_device(bank.cells).flatten(1)
+                features = self._features.from_start(cells, layer)
+                neighbors = ClassNeighbors(self.affinity)
+                self._remembered[layer] = neighbors.fit(features, bank.labels, len(self.classes_))
+
+    def _check_memories(self, response, y, confidence):
+        """Give the class that each row's memories must be of, and the rows that are kept."""
+        if not isinstance(response, ImmuneResponse):
+            raise TypeError(f"response must be what respond gave, got {type(response).__name__}.")
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"confidence={confidence!r} must be between 0 and 1.")
+        shape = self._features.start_shape
+        fits = set(response.memory) == set(self.layers_) and all(
+            response.memory[layer].shape[2:] == shape
+            and np.isin(response.memory_labels[layer], self.classes_).all()
+            for layer in self.layers_
+        )
+        if not fits:
+            raise ValueError(
+                "response is that of another estimator: its memory cells must be of the layers "
+                f"{list(self.layers_)}, of shape {shape} and of the classes that were fitted."
+            )
+        if y is None:
+            plasma = np.concatenate(list(response.plasma_labels.values()), axis=1)
+            agreed = (plasma == response.labels[:, None]).mean(axis=1)
+            return np.searchsorted(self.classes_, response.labels), agreed >= confidence
+        y = column_or_1d(y)
+        check_consistent_length(response.labels, y)
+        self._check_classes(y, self.classes_)
+        return np.searchsorted(self.classes_, y), np.ones(len(y), dtype=bool)
+
+    @staticmethod
+    def _check_classes(y, allowed):
+        unknown = () if allowed is None else np.setdiff1d(y, allowed)
+        if len(unknown):
+            raise ValueError(f"y has classes that are not known: {unknown.tolist()}.")
 
     def _recall(self, layer):
         """Give what computes training features anew, if they are not kept in full precision."""

@@ -44,7 +44,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
 
         - ``"credibility"``: how many of the k neighbours, over all layers, are not of the most
           frequent class [1]_;
-        - ``"disagreement"``: how many of them are not of the class that the network predicts;
+        - ``"disagreement"``: by how much the nearest row of another class is nearer than that of
+          the class that the network predicts;
         - ``"distance"``: distance of the k-th neighbour on L2-normalised features [2]_;
         - ``"kernel_density"``: minus the log density of the predicted class, by a Gaussian kernel
           whose bandwidth is the median distance of the k-th neighbour [3]_;

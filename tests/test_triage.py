@@ -29,9 +29,7 @@ def task(digits):
 @pytest.fixture(scope="module")
 def fitted(task):
     network, X, y, _ = task
-    scorer = ThreatScorer(
-        network, layers="conv1", n_neighbors=10, method="disagreement", random_state=0
-    )
+    scorer = ThreatScorer(network, layers="conv1", method="disagreement", alpha=0.1, random_state=0)
     return [
         RAILSClassifier(network, threat_scorer=scorer, triage=triage, **CHEAP).fit(X, y)
         for triage in (True, False)

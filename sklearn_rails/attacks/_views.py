@@ -300,7 +300,9 @@ class PopulationsView:
         index = pad(neighbors, (0, k), value=-1)[..., : places.shape[2]]
         died_out = ~there.any(dim=2, keepdim=True)
         there = torch.where(died_out, index >= 0, there)
-        cells = torch.where(died_out[..., None], rails._bank()[index.clamp(min=0)], cells)
+        cells = torch.where(
+            died_out[..., None], rails._find_cells(index.clamp(min=0), layer), cells
+        )
         features = rails._features.from_start(cells.flatten(0, 2), layer)
         return features.reshape(n_rows, n_classes, -1, features.shape[1]), there
 

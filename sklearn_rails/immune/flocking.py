@@ -406,6 +406,26 @@ def make_room(storage, shape, like):
         return torch.from_numpy(np.memmap(file, dtype, "w+", shape=shape))
 
 
+def join_flocks(flock, other):
+    """Take the nearest of two sets of examples.
+
+    Parameters
+    ----------
+    flock, other : pair of torch.Tensor of shape (n, n_classes, n_neighbors)
+        Affinities, highest first, and positions, as :meth:`ClassNeighbors.kneighbors` gives them.
+
+    Returns
+    -------
+    affinity, index : torch.Tensor of shape (n, n_classes, n_neighbors)
+        Ties go to the first set.
+    """
+    affinity, index = (torch.cat(parts, dim=2) for parts in zip(flock, other, strict=True))
+    ranking = affinity.sort(dim=2, descending=True, stable=True)
+    n_neighbors = flock[0].shape[2]
+    best = ranking.indices[..., :n_neighbors]
+    return ranking.values[..., :n_neighbors], index.gather(2, best)
+
+
 def drop_own(affinity, index, own):
     """Take a row that is an example itself out of its neighbours, or else the last of them.
 

@@ -7,8 +7,8 @@ import torch
 from scipy.ndimage import median_filter
 from torch.nn.functional import normalize, one_hot, pad
 
-from .conformity import nearest
-from .flocking import ClassNeighbors
+from .conformity import disagreement, nearest
+from .flocking import ClassNeighbors, flock_without_own
 
 # The block of distances that is held at a time.
 BLOCK_BYTES = 64 * 2**20
@@ -106,22 +106,13 @@ class NeighborsSensor:
             distance, index = rows.nearest(layer, self._neighbors, self._n_neighbors)
             yield distance.cpu().to(torch.float64), index.cpu()
 
-    def _votes(self, rows):
-        """Count, in each layer, the classes of the neighbours, and squash the last one's distance.
-
-        What is less than 1 for the distance of the k-th neighbour breaks ties of counts.
-        """
-        for distance, index in self._nearest(rows):
-            votes = one_hot(torch.from_numpy(self._labels)[index], self._n_classes).sum(dim=1)
-            radius = distance[:, -1]
-            yield votes, radius / (1 + radius)
-
 
 class Credibility(NeighborsSensor):
     """Nonconformity with the class that conforms best, of which DkNN's credibility is a p-value.
 
-    Neighbours of another class than the most frequent one, over all layers. With a single class
-    only the distance is left.
+    Neighbours of another class than the most frequent one, over all layers, and less than 1 for
+    the distance of the k-th neighbour, so that there are no ties. With a single class only the
+    distance is left.
     """
 
     def __call__(self, rows):
@@ -135,13 +126,26 @@ class Credibility(NeighborsSensor):
         -------
         ndarray of shape (n, 1), float64
         """
-        votes, ties = zip(*self._votes(rows), strict=True)
-        against = len(votes) * self._n_neighbors - sum(votes).max(dim=1).values
-        return (against + sum(ties) / len(ties)).numpy()[:, None]
+        against, distance = 0, 0
+        for radius, index in self._nearest(rows):
+            votes = one_hot(torch.from_numpy(self._labels)[index], self._n_classes).sum(dim=1)
+            against = against + self._n_neighbors - votes
+            radius = radius[:, -1]
+            distance = distance + radius / (1 + radius) / len(rows.features)
+        return (against.min(dim=1).values + distance).numpy()[:, None]
 
 
-class Disagreement(NeighborsSensor):
-    """Neighbours that are not of the class that the network predicts."""
+class Disagreement:
+    """By how much another class is nearer than the class that the network predicts.
+
+    A class is as near as the nearest of its rows.
+    """
+
+    def __init__(self, clean):
+        self._neighbors = {
+            layer: ClassNeighbors().fit(f, clean.labels, clean.n_classes)
+            for layer, f in clean.features.items()
+        }
 
     def __call__(self, rows):
         """Score rows.
@@ -154,12 +158,15 @@ class Disagreement(NeighborsSensor):
         -------
         ndarray of shape (n, n_layers), float64
         """
-        predicted = rows.labels.cpu()[:, None]
-        columns = [
-            self._n_neighbors - votes.gather(1, predicted)[:, 0] + tie
-            for votes, tie in self._votes(rows)
-        ]
-        return torch.stack(columns, dim=1).numpy()
+        columns = []
+        for layer, features in rows.features.items():
+            if rows.own is None:
+                flocked, _ = self._neighbors[layer].kneighbors(features, 1)
+            else:
+                own = torch.from_numpy(rows.own).to(features.device)
+                flocked = flock_without_own(self._neighbors[layer], own, features, 1)
+            columns.append(disagreement(flocked.double(), rows.labels))
+        return torch.stack(columns, dim=1).cpu().numpy()
 
 
 class LocalIntrinsicDimensionality(NeighborsSensor):

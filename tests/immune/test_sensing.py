@@ -52,7 +52,7 @@ def literal(method, X, y, new, network):
     if method == "credibility":
         return K - np.bincount(y[order]).max() + tie
     if method == "disagreement":
-        return (y[order] != predicted).sum() + tie
+        return distance[y == predicted].min() - distance[y != predicted].min()
     if method == "lid":
         return -1 / np.mean(np.log(distance[order] / distance[order[-1]]))
     if method == "distance":

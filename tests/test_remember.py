@@ -1,0 +1,209 @@
+"""remember, forget and partial_fit."""
+
+import pickle
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+
+from sklearn_rails import RAILSClassifier, ThreatScorer
+from sklearn_rails.immune.response import ImmuneResponse
+
+CHEAP = {"population_size": 40, "generations": 2, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def split(digits):
+    X, y = digits
+    order = np.random.default_rng(0).permutation(len(y))
+    return X[order[:300]], y[order[:300]], X[order[300:340]], y[order[300:340]]
+
+
+@pytest.fixture
+def rails(split):
+    X, y, *_ = split
+    return RAILSClassifier(**CHEAP).fit(X, y)
+
+
+def empty(response):
+    """Give a response without any rows."""
+
+    def cut(value):
+        if isinstance(value, dict):
+            return {layer: cut(v) for layer, v in value.items()}
+        return value[:0] if isinstance(value, np.ndarray) else value
+
+    return ImmuneResponse(**{name: cut(value) for name, value in vars(response).items()})
+
+
+def test_remembered_cells_are_flocked_as_training_rows_are(split, rails):
+    X, y, new, y_new = split
+    response = rails.respond(new)
+    rails.remember(response, y_new)
+    bank = rails.memory_["input"]
+    assert len(bank) > 20
+    distances, indices = rails.kneighbors(new)
+    assert (indices["input"] >= len(X)).any()
+    # What training on the cells as well would find.
+    every = np.concatenate([X, bank.cells])
+    labels = np.concatenate([y, rails.classes_[bank.labels]])
+    other = RAILSClassifier(**CHEAP).fit(every, labels)
+    expected, expected_indices = other.kneighbors(new)
+    assert_allclose(distances["input"], expected["input"], rtol=1e-5)
+    assert_array_equal(indices["input"], expected_indices["input"])
+    other.tau_ = rails.tau_
+    assert_array_equal(other.predict_proba(new), rails.predict_proba(new))
+
+
+def test_responses_set_out_from_what_is_remembered(split, rails):
+    _, _, new, _ = split
+    before = rails.respond(new)
+    rails.remember(before, confidence=0)
+    after = rails.respond(new)
+    # The plasma is at least as near as the cells that were remembered of the row.
+    assert (after.affinity_curve["input"][:, 0] > before.affinity_curve["input"][:, 0]).mean() > 0.9
+    assert_array_equal(rails.forget().respond(new).proba, before.proba)
+    assert len(rails.memory_["input"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["confident", "all", "labelled"])
+def test_which_cells_are_remembered(split, rails, kind):
+    _, _, new, y_new = split
+    blurred = (new + new[::-1]) / 2
+    response = rails.respond(blurred)
+    plasma, cells = response.plasma_labels["input"], response.memory_labels["input"]
+    agreed = (plasma == response.labels[:, None]).mean(axis=1)
+    assert 0 < (agreed < 0.9).sum() < len(new)
+    labels = y_new if kind == "labelled" else response.labels
+    chosen = cells == labels[:, None]
+    if kind == "confident":
+        rails.remember(response)
+        chosen &= (agreed >= 0.9)[:, None]
+    else:
+        rails.remember(response, *([y_new] if kind == "labelled" else []), confidence=0)
+    bank = rails.memory_["input"]
+    expected = {
+        (cell.tobytes(), label)
+        for cell, label in zip(response.memory["input"][chosen], cells[chosen], strict=True)
+    }
+    held = zip(bank.cells, rails.classes_[bank.labels], strict=True)
+    assert {(cell.tobytes(), label) for cell, label in held} == expected
+
+
+def test_memory_survives_pickling_and_clones_start_without(split, rails):
+    X, y, new, _ = split
+    rails.remember(rails.respond(new))
+    again = pickle.loads(pickle.dumps(rails))
+    assert_array_equal(again.predict_proba(new), rails.predict_proba(new))
+    assert len(again.memory_["input"]) == len(rails.memory_["input"])
+    assert len(clone(rails).fit(X, y).memory_["input"]) == 0
+    assert len(rails.fit(X, y).memory_["input"]) == 0
+
+
+def test_capacity_bounds_each_class(split):
+    X, y, new, _ = split
+    rails = RAILSClassifier(memory_capacity=20, **CHEAP).fit(X, y)
+    rails.remember(rails.respond(new), confidence=0)
+    assert np.bincount(rails.memory_["input"].labels).max() == 2
+
+
+def test_memories_of_an_empty_response_and_of_the_same_one_again(split, rails):
+    _, _, new, _ = split
+    response = rails.respond(new)
+    rails.remember(empty(response))
+    assert len(rails.memory_["input"]) == 0
+    rails.remember(response)
+    bank = rails.memory_["input"]
+    rails.remember(response)
+    assert_array_equal(rails.memory_["input"].cells, bank.cells)
+
+
+def test_nothing_is_remembered_of_what_does_not_fit(split, rails, conv_net):
+    X, y, new, y_new = split
+    response = rails.respond(new)
+    rails.remember(response)
+    before = rails.memory_
+    shape = {"input_shape": (1, 8, 8)}
+    others = [
+        RAILSClassifier(conv_net, layers="conv1", **shape, **CHEAP).fit(X, y),  # another layer
+        RAILSClassifier(**CHEAP).fit(X[:, :32], y),  # cells of another shape
+        RAILSClassifier(**CHEAP).fit(X, y + 1),  # a class that is not known
+    ]
+    for other in others:
+        rows = new[:, : other.n_features_in_]
+        with pytest.raises(ValueError, match="response is that of another estimator"):
+            rails.remember(other.respond(rows))
+    with pytest.raises(ValueError, match=r"y has classes that are not known: \[11\]"):
+        rails.remember(response, np.full(len(new), 11))
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        rails.remember(response, y_new[:-1])
+    with pytest.raises(ValueError, match="confidence=2 must be between 0 and 1"):
+        rails.remember(response, confidence=2)
+    with pytest.raises(TypeError, match="response must be what respond gave, got ndarray"):
+        rails.remember(new)
+    assert rails.memory_ is before
+    for method, args in (("remember", (response,)), ("forget", ())):
+        with pytest.raises(NotFittedError):
+            getattr(RAILSClassifier(), method)(*args)
+
+
+@pytest.mark.parametrize("start_layer", [None, "conv1"])
+def test_rows_that_come_in_parts_are_as_good_as_all_at_once(split, conv_net, start_layer):
+    X, y, new, _ = split
+    y = np.array(list("abcdefghij"))[y]
+    late = np.isin(y, ["b", "i"])  # the first part has no row of these
+    order = np.r_[np.flatnonzero(~late), np.flatnonzero(late)]
+    X, y = X[order], y[order]
+    make = RAILSClassifier(
+        conv_net,
+        layers="conv2",
+        input_shape=(1, 8, 8),
+        start_layer=start_layer,
+        threat_scorer=ThreatScorer(random_state=0),
+        **CHEAP,
+    )
+    parts = clone(make)
+    for rows in (slice(0, 100), slice(100, 200), slice(200, 300)):
+        parts.partial_fit(X[rows], y[rows])
+    whole = clone(make).fit(X, y)
+    assert_array_equal(parts.classes_, whole.classes_)
+    assert_array_equal(parts.predict_proba(new), whole.predict_proba(new))
+    assert_array_equal(parts.respond(new).threat, whole.respond(new).threat)
+
+
+def test_what_is_remembered_outlives_more_data(split):
+    X, y, new, _ = split
+    first = y < 8
+    rails = RAILSClassifier(**CHEAP).fit(X[first], y[first] * 10)
+    rails.remember(rails.respond(new))
+
+    def held():
+        bank = rails.memory_["input"]
+        labels = rails.classes_[bank.labels]
+        return {(cell.tobytes(), c) for cell, c in zip(bank.cells, labels, strict=True)}
+
+    before = held()
+    rails.partial_fit(X[~first], y[~first] * 10 - 75)  # two classes among the others
+    assert held() == before
+    assert (rails.kneighbors(new)[1]["input"] >= len(X)).any()
+
+
+def test_unknown_classes_are_told_and_change_nothing(split):
+    X, y, new, _ = split
+    rails = RAILSClassifier(**CHEAP)
+    with pytest.raises(ValueError, match=r"y has classes that are not known: \[9\]"):
+        rails.partial_fit(X, y, classes=np.arange(9))
+    assert not hasattr(rails, "classes_")
+    some = y < 5
+    rails.partial_fit(X[some], y[some], classes=np.arange(9))
+    before = rails.predict_proba(new)
+    with pytest.raises(ValueError, match=r"not known: \[9\]"):
+        rails.partial_fit(X[y == 9], y[y == 9])
+    with pytest.raises(ValueError, match="features"):
+        rails.partial_fit(X[some, 1:], y[some])
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        rails.partial_fit(X[some], y[some][1:])
+    assert_array_equal(rails.predict_proba(new), before)
+    assert_array_equal(rails.classes_, np.arange(5))
