@@ -15,7 +15,9 @@ class MemoryBank:
     capacity : int
         Cells at most; each class has an equal share, rounded down.
     n_classes : int
+        Number of classes.
     cell_shape : tuple of int
+        Shape of one cell.
 
     Attributes
     ----------
@@ -23,6 +25,14 @@ class MemoryBank:
         The longest remembered first.
     labels : ndarray of shape (n_cells,), int64
         Their classes, as integers from 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn_rails.immune import MemoryBank
+    >>> bank = MemoryBank(capacity=4, n_classes=2, cell_shape=(1,))
+    >>> bank.with_cells(np.float32([[1], [2], [3]]), np.array([0, 0, 0])).cells.ravel()
+    array([2., 3.], dtype=float32)
     """
 
     def __init__(self, capacity, n_classes, cell_shape):
@@ -50,6 +60,7 @@ class MemoryBank:
         Returns
         -------
         MemoryBank
+            With the cells of this one, but for those that had to go.
         """
         bank = MemoryBank(self.capacity, self.n_classes, cells.shape[1:])
         cells = np.concatenate([self.cells.astype(cells.dtype), cells])
@@ -70,6 +81,7 @@ class MemoryBank:
         Parameters
         ----------
         n_classes : int
+            How many there are now.
         places : ndarray of shape (self.n_classes,)
             What each class is now.
 

@@ -2,5 +2,6 @@
 
 from ._affinity_curve import AffinityCurveDisplay
 from ._immune_response import ImmuneResponseDisplay
+from ._threat import ThreatDisplay
 
-__all__ = ["AffinityCurveDisplay", "ImmuneResponseDisplay"]
+__all__ = ["AffinityCurveDisplay", "ImmuneResponseDisplay", "ThreatDisplay"]
