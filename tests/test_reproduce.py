@@ -59,6 +59,18 @@ base = { layers = "conv1", population_size = 30 }
 [[data.digits.variation]]
 affinity = "cosine"
 """,
+    "detect": ROWS.replace("n_validation = 20", "n_validation = 60")
+    + """
+attacks = ["PGD", "FGSM"]
+n_hop_skip_jump = 2
+n_adaptive = 3
+n_neighbors = 5
+combined = ["disagreement", "mahalanobis"]
+[data.digits]
+layers = ["conv2"]
+defence = { layers = "input", population_size = 30 }
+other_data = ["digits"]
+""",
     "figure2": ROWS
     + """
 [data.digits]
@@ -111,6 +123,16 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert (results / "attacks_digits.png").stat().st_size > 5_000
         worst = float(shares["RAILS", "worst", "60/255"].split()[0])
         assert worst <= float(shares["RAILS", "adaptive", "60/255"].split()[0])
+    elif script == "detect":
+        names = {row["detector"] for row in rows}
+        assert len(names) == 7 + 2 + 2
+        assert {"PGD", "noise", "Digits"} <= {row["inputs"] for row in rows}
+        assert all(0 <= float(row["auroc"]) <= 1 for row in rows)
+        noise = {r["detector"]: float(r["auroc"]) for r in rows if r["inputs"] == "noise"}
+        assert noise["distance"] > 0.9
+        assert noise["PyOD KNN"] > 0.9
+        same = {r["detector"]: float(r["auroc"]) for r in rows if r["inputs"] == "Digits"}
+        assert same["distance"] < 0.8
     elif script == "study":
         changed = ["nothing ", '{"tau_fa', '{"over_g', '{"affini']
         assert [row["changed"][:8] for row in rows] == changed

@@ -26,13 +26,13 @@ from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.demo import pgd
 
 
-def attack_network(task, X, y):
-    """Give the examples of every attack on the bare network."""
+def network_attacks(task):
+    """Give the attacks on the bare network, by name: functions of rows and labels."""
     eps, step, max_iter = attack_settings(task.name)
     target = PyTorchClassifier(
         task.network,
         loss=nn.CrossEntropyLoss(),
-        input_shape=X.shape[1:],
+        input_shape=task.X.shape[1:],
         nb_classes=10,
         clip_values=(0, 1),
         device_type="cpu",
@@ -41,10 +41,10 @@ def attack_network(task, X, y):
     for part in auto.attacks:
         part.set_params(verbose=False)
     return {
-        "PGD": pgd(task.network, X, y, eps=eps, step=step, max_iter=max_iter),
-        "FGSM": FastGradientMethod(target, eps=eps).generate(X, y),
-        "Square": SquareAttack(target, eps=eps, max_iter=1000, verbose=False).generate(X, y),
-        "AutoAttack": auto.generate(X, y),
+        "PGD": lambda X, y: pgd(task.network, X, y, eps=eps, step=step, max_iter=max_iter),
+        "FGSM": FastGradientMethod(target, eps=eps).generate,
+        "Square": SquareAttack(target, eps=eps, max_iter=1000, verbose=False).generate,
+        "AutoAttack": auto.generate,
     }
 
 
@@ -56,10 +56,10 @@ def by_square(fitted, X, y, eps):
     return SquareAttack(target, eps=eps, max_iter=500, verbose=False).generate(X, y)
 
 
-def by_hop_skip_jump(fitted, X, y, eps):
+def by_hop_skip_jump(predict, X, eps):
     """Attack by the answers; a row for which the ball is too small comes back as it was."""
     target = BlackBoxClassifier(
-        lambda rows: np.eye(10)[fitted.predict(rows.astype(np.float32))],
+        lambda rows: np.eye(10)[predict(rows.astype(np.float32))],
         input_shape=X.shape[1:],
         nb_classes=10,
         clip_values=(0, 1),
@@ -100,7 +100,7 @@ def rows_of(task, settings):
     own = settings | settings["data"][task.name]
     X, y = task.X_test, task.y_test
     eps = attack_settings(task.name)[0]
-    transferred = attack_network(task, X, y)
+    transferred = {name: make(X, y) for name, make in network_attacks(task).items()}
 
     lines = []
 
@@ -140,7 +140,10 @@ def rows_of(task, settings):
     direct = {
         "adaptive": (adaptive, own["n_adaptive"]),
         "Square on scores": (by_square, own["n_square"]),
-        "HopSkipJump": (by_hop_skip_jump, own["n_hop_skip_jump"]),
+        "HopSkipJump": (
+            lambda fitted, X, y, eps: by_hop_skip_jump(fitted.predict, X, eps),
+            own["n_hop_skip_jump"],
+        ),
     }
     for entry in own["classifier"]:
         name, parameters = entry["name"], entry["parameters"]

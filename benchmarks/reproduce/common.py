@@ -55,6 +55,7 @@ class Task:
     def __init__(self, name, settings, options):
         self.name = name
         self.results = options.results
+        self.data_home = options.data_home
         self.results.mkdir(parents=True, exist_ok=True)
         data = load_data(name, options.data_home)
         self.title = data.name
