@@ -71,6 +71,13 @@ layers = ["conv2"]
 defence = { layers = "input", population_size = 30 }
 other_data = ["digits"]
 """,
+    "memory": ROWS
+    + """
+n_curve = 4
+generations = 3
+[data.digits]
+parameters = { layers = "conv1", population_size = 30 }
+""",
     "figure2": ROWS
     + """
 [data.digits]
@@ -133,6 +140,13 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert noise["PyOD KNN"] > 0.9
         same = {r["detector"]: float(r["auroc"]) for r in rows if r["inputs"] == "Digits"}
         assert same["distance"] < 0.8
+    elif script == "memory":
+        modes = ["none", "confident", "labelled", "all", "poisoned"]
+        assert [row["remembered"] for row in rows] == modes
+        assert rows[0]["cells"] == "0"
+        assert int(rows[1]["cells"]) <= int(rows[3]["cells"])
+        assert rows[0]["clean rows: against none"].startswith("+0.0")
+        assert (results / "memory_digits.png").stat().st_size > 5_000
     elif script == "study":
         changed = ["nothing ", '{"tau_fa', '{"over_g', '{"affini']
         assert [row["changed"][:8] for row in rows] == changed
