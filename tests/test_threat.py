@@ -5,7 +5,9 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import normalize
@@ -126,6 +128,34 @@ def test_before_a_classifier_in_a_pipeline_and_beside_features_in_a_union(split)
         "threatscorer__threat_credibility",
         "threatscorer__threat_distance",
     ]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_frames_have_the_methods_names(split, library):
+    pytest.importorskip(library)
+    X, y, new = split
+    scorer = ThreatScorer(method=["lid", "distance"]).set_output(transform=library)
+    frame = scorer.fit(X, y).transform(new)
+    assert type(frame).__module__.split(".")[0] == library
+    assert list(frame.columns) == ["threat_lid", "threat_distance"]
+
+
+def test_a_search_over_methods_and_alpha(split):
+    X, y, _ = split
+    search = GridSearchCV(
+        make_pipeline(ThreatScorer(random_state=0), LogisticRegression()),
+        {"threatscorer__method": ["distance", "credibility"], "threatscorer__alpha": [0.05, 0.1]},
+        cv=2,
+    ).fit(X, y)
+    assert len(search.cv_results_["params"]) == 4
+
+    def caught(scorer, X, y):
+        noise = np.random.default_rng(0).uniform(size=X.shape)
+        return (scorer.predict(noise) == -1).mean() - (scorer.predict(X) == -1).mean()
+
+    grid = {"method": ["credibility", "distance"], "alpha": [0.01, 0.1]}
+    search = GridSearchCV(ThreatScorer(random_state=0), grid, scoring=caught, cv=2).fit(X, y)
+    assert search.best_params_["method"] == "distance"
 
 
 def test_saved_scorers_answer_as_before(conv_net, split):
