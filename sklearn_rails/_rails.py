@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import warnings
 from dataclasses import replace
 from numbers import Integral, Real
 
@@ -11,12 +10,14 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from sklearn.base import ClassifierMixin, clone
-from sklearn.utils import column_or_1d, gen_batches
-from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from sklearn.utils import gen_batches
+from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._random import draw_seed, generation_uniforms
+from ._remembering import Remembers
+from ._settling import FIT_ROWS, SettlesRows, shares_of, spread_rows
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
 from .features import (
     NETWORK_CONSTRAINTS,
@@ -26,14 +27,8 @@ from .features import (
     open_parameter,
 )
 from .immune.affinity import affinity_to
-from .immune.conformity import conformal_p_values, disagreement
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
-from .immune.flocking import (
-    ClassNeighbors,
-    flock_without_own,
-    join_flocks,
-    scale_of_affinity,
-)
+from .immune.flocking import ClassNeighbors, join_flocks, scale_of_affinity
 from .immune.maturation import (
     Schedule,
     clone_neighbors,
@@ -41,19 +36,13 @@ from .immune.maturation import (
     mature,
     mutation_steps,
 )
-from .immune.memory import MemoryBank
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
 
 # Random numbers for so many elements of cells are kept for the next block of rows.
 CACHED_NUMBERS = 8 * 2**20
 
-# Rows whose features are computed together, where they need no population.
-FIT_ROWS = 1024
-
-# Training rows that tell the scale of tau, and by which the network's labels are judged: enough
-# for a rate of 5 % to be met within a point (one standard deviation 0.7).
+# Training rows that tell the scale of tau.
 TAU_ROWS = 256
-CALIBRATION_ROWS = 1000
 
 # Arrays of the populations' size that a generation holds at a time.
 POPULATIONS_HELD = 6
@@ -63,7 +52,7 @@ POPULATIONS_HELD = 6
 CPU_BYTES = 32 * 2**20
 
 
-class RAILSClassifier(ClassifierMixin, SharesNetwork):
+class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
     """Robust predictions from a fitted network by affinity maturation (RAILS).
 
     For each input, the nearest training examples of every class in a hidden layer are cloned into
@@ -349,119 +338,6 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         self._learn(X, y, given)
         return self.forget()
 
-    @all_or_nothing
-    @fit_context(prefer_skip_nested_validation=False)
-    def partial_fit(self, X, y, classes=None):
-        """Add labelled training data, and keep what is remembered.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Training inputs, finite.
-        y : array-like of shape (n,)
-            Their classes.
-        classes : array-like of shape (n_classes,), default=None
-            All classes that may ever come; others are then an error. ``classes_`` has those of
-            which there is an example: a class without one cannot be flocked.
-
-        Returns
-        -------
-        RAILSClassifier
-            The estimator itself, as if :meth:`fit` had got all rows so far: indexing them anew
-            costs a forward pass for each.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As :meth:`fit`; or if the rows do not fit those before, or have a class that is not in
-            ``classes``. The estimator is then as it was before.
-        """
-        if not hasattr(self, "classes_"):
-            allowed = None if classes is None else np.unique(classes)
-            self._check_classes(y, allowed)
-            self.fit(X, y)
-            self._allowed = allowed
-            return self
-        self._check_classes(y, getattr(self, "_allowed", None) if classes is None else classes)
-        rows = validate_rows(self, X)
-        y = column_or_1d(y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y)
-        check_consistent_length(rows, y)
-        known, to_device = self.classes_, self._features.to_device
-        self.classes_ = np.unique(np.concatenate([known, y]))
-        before = self._cells if self.start_layer is None else self._rows
-        rows = torch.cat([to_device(before), to_device(rows)])
-        rows = rows.numpy() if rows.device.type == "cpu" else rows
-        y = np.concatenate([known[self._y], y])
-        memory = self.memory_
-        self._learn(rows, y, (rows.reshape(len(rows), *self._given_shape), y))
-        places = np.searchsorted(self.classes_, known)
-        self.memory_ = {
-            layer: bank.with_classes(len(self.classes_), places) for layer, bank in memory.items()
-        }
-        self._index_memory()
-        return self
-
-    @all_or_nothing
-    def remember(self, response, y=None, *, confidence=0.9):
-        """Keep a response's memory cells: from now on they are flocked as training rows are.
-
-        Of each row those cells are kept that are of the class that it was answered with, if the
-        plasma agreed on it; or, if its class is given, those that are of this class. Wrong
-        memories poison: whoever can feed rows can plant confident wrong answers, unless ``y`` is
-        given.
-
-        Parameters
-        ----------
-        response : ImmuneResponse
-            What :meth:`respond` gave.
-        y : array-like of shape (n,), default=None
-            The true classes of its rows.
-        confidence : float, default=0.9
-            Share of the plasma, over all layers, that must be of the class that a row was answered
-            with, without ``y``. 0 keeps all rows.
-
-        Returns
-        -------
-        RAILSClassifier
-            The estimator itself. Each class has an equal share of ``memory_capacity``; the cells
-            that were remembered longest ago go first, and a cell is kept only once.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If the response is none, or one of an estimator with other layers, classes or cells, or
-            ``y`` does not fit. Nothing is then remembered.
-        """
-        check_is_fitted(self)
-        wanted, kept = self._check_memories(response, y, confidence)
-        memory = {}
-        for layer, bank in self.memory_.items():
-            # The best cells count as the newest of a row.
-            cells = response.memory[layer][:, ::-1]
-            labels = np.searchsorted(self.classes_, response.memory_labels[layer][:, ::-1])
-            chosen = (labels == wanted[:, None]) & kept[:, None]
-            memory[layer] = bank.with_cells(cells[chosen], labels[chosen])
-        self.memory_ = memory
-        self._index_memory()
-        return self
-
-    def forget(self):
-        """Forget all that is remembered.
-
-        Returns
-        -------
-        RAILSClassifier
-            The estimator itself.
-        """
-        check_is_fitted(self)
-        shape = self._features.start_shape
-        self.memory_ = {
-            layer: MemoryBank(self.memory_capacity, len(self.classes_), shape)
-            for layer in self.layers_
-        }
-        self._index_memory()
-        return self
-
     def _learn(self, X, y, given):
         """Index rows; ``given`` are the same as the user has them."""
         y = np.searchsorted(self.classes_, y)
@@ -542,7 +418,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             The scores of ``decision_function``, class by class, over their sum.
         """
         check_is_fitted(self)
-        return _shares(self._decide(X))
+        return shares_of(self._decide(X))
 
     def decision_function(self, X):
         """Give the classes' votes, and less than a vote for their affinity.
@@ -608,7 +484,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         response = join_responses(self._answer(rows, self._respond_block))
         if self.arbitration is not None or self.triage:
             scores, bred, p_values = self._settle(rows, X)
-            proba = np.where(bred[:, None], response.proba, _shares(scores))
+            proba = np.where(bred[:, None], response.proba, shares_of(scores))
             labels = self.classes_[proba.argmax(axis=1)]
             response = replace(response, proba=proba, labels=labels, p_values=p_values)
         if not hasattr(self, "threat_scorer_"):
@@ -624,97 +500,6 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
         if len(bred):
             scores[bred] = np.concatenate(self._answer(rows[bred], self._score_block))
         return scores
-
-    def _settle(self, rows, X):
-        """Give scores without any breeding, for which rows it is needed, and why."""
-        if self.triage:
-            check_is_fitted(
-                self,
-                "threat_scorer_",
-                msg="threat_scorer was None when %(name)s was fitted: fit it again.",
-            )
-            scores = [self._count_flock(rows[part]) for part in gen_batches(len(rows), FIT_ROWS)]
-            return np.concatenate(scores), self.threat_scorer_.predict(X) == -1, None
-        scores, p_values = self._arbitrate(rows)
-        return scores, p_values <= self.arbitration, p_values
-
-    def _count_flock(self, X):
-        """Let the fittest flocked neighbours vote."""
-        n_plasma = n_elite(self.plasma_fraction, self.population_size)
-        votes, ties = 0, 0
-        for layer, features in self._features(X).items():
-            flocked, _ = self._flock(features, layer)
-            best = fittest(flocked.flatten(1), n_plasma)
-            there = flocked.flatten(1).gather(1, best) > -torch.inf
-            # A class beyond the last takes the votes of neighbours that are not there.
-            classes = torch.where(there, best // flocked.shape[2], len(self.classes_))
-            votes = votes + count_votes(classes, len(self.classes_) + 1)[:, :-1]
-            ties = ties + tie_break(flocked[..., 0], self.tau_[layer])
-        return self._join_votes(votes, ties)
-
-    def _arbitrate(self, X):
-        """Give the scores with which the network's labels stand, and the labels' p-values."""
-        check_is_fitted(
-            self, "_calibration", msg="arbitration was None when %(name)s was fitted: fit it again."
-        )
-        n_plasma = n_elite(self.plasma_fraction, self.population_size)
-        scores, p_values = [], []
-        for rows in gen_batches(len(X), FIT_ROWS):
-            labels = self._features.predict(X[rows])
-            votes = len(self.layers_) * count_votes(
-                labels[:, None].expand(-1, n_plasma), len(self.classes_)
-            )
-            against, ties = 0, 0
-            for layer, features in self._features(X[rows]).items():
-                flocked, _ = self._flock(features, layer)
-                against = against + disagreement(flocked, labels) / self.tau_[layer]
-                ties = ties + tie_break(flocked[..., 0], self.tau_[layer])
-            scores.append(self._join_votes(votes, ties))
-            p_values.append(conformal_p_values(against.cpu().numpy(), self._calibration))
-        return np.concatenate(scores), np.concatenate(p_values)
-
-    def _check_triage(self):
-        if self.arbitration is not None:
-            raise ValueError(
-                f"triage=True and arbitration={self.arbitration} both say which rows are bred; "
-                "choose one of them."
-            )
-        if not hasattr(self.threat_scorer, "predict"):
-            raise ValueError(
-                "triage=True needs a threat_scorer that raises alarms, with predict, got "
-                f"threat_scorer={self.threat_scorer!r}."
-            )
-
-    def _judge_training_rows(self, X):
-        own = _spread_rows(X, CALIBRATION_ROWS)
-        if self.arbitration * (len(own) + 1) < 1:
-            warnings.warn(
-                f"arbitration={self.arbitration} needs {math.ceil(1 / self.arbitration) - 1} rows "
-                f"to judge by, but there are {len(own)}: all labels of the network will stand. "
-                "Take a larger value, or more training rows (1,000 are used at most).",
-                stacklevel=5,
-            )
-        rows = X[own.tolist()]
-        labels, against = self._features.predict(rows), 0
-        for layer, features in self._features(rows).items():
-            flocked = flock_without_own(
-                self.neighbors_[layer],
-                own.to(self.device_),
-                features,
-                self.n_neighbors,
-                self._recall(layer),
-            )
-            against = against + disagreement(flocked, labels) / self.tau_[layer]
-        return np.sort(against.cpu().numpy())
-
-    def _check_outputs(self, X):
-        """Complain where the network has no answers that could be put to the vote."""
-        if not self._features.has_network:
-            raise ValueError(
-                f"arbitration={self.arbitration} is about a network's labels, but there is no "
-                "network: give a feature_extractor, or arbitration=None."
-            )
-        self._features.check_outputs(X, len(self.classes_), f"arbitration={self.arbitration}")
 
     def _answer(self, X, answer_block):
         """Answer blocks of rows whose populations fit into memory."""
@@ -786,7 +571,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
                 by_layer[curve][layer] = getattr(population, curve).cpu().numpy()
         scores = self._join_votes(votes, ties)
         return ImmuneResponse(
-            proba=_shares(scores),
+            proba=shares_of(scores),
             labels=self.classes_[scores.argmax(axis=1)],
             n_forward=n_forward,
             p_values=None,
@@ -823,7 +608,7 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             yield layer, flocked, population
 
     def _scale_tau(self, X):
-        own = _spread_rows(X, TAU_ROWS)
+        own = spread_rows(X, TAU_ROWS)
         return {
             layer: scale_of_affinity(
                 self.neighbors_[layer],
@@ -842,59 +627,6 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             return flock
         affinity, index = self._remembered[layer].kneighbors(features, k)
         return join_flocks(flock, (affinity, torch.where(index < 0, index, index + len(self._y))))
-
-    def _find_cells(self, index, layer):
-        """Give training rows, or beyond these remembered cells, by their positions."""
-        bank, n_train = self._bank(), len(self._y)
-        if layer not in self._remembered:
-            return bank[index]
-        cells = bank[index.clamp(max=n_train - 1)]
-        remembered = self._features.to_device(self.memory_[layer].cells).flatten(1)
-        beyond = index >= n_train
-        cells[beyond] = remembered[index[beyond] - n_train]
-        return cells
-
-    def _index_memory(self):
-        """Make what is remembered ready to be flocked."""
-        self._remembered = {}
-        for layer, bank in self.memory_.items():
-            if len(bank):
-                cells = self._features.to_device(bank.cells).flatten(1)
-                features = self._features.from_start(cells, layer)
-                neighbors = ClassNeighbors(self.affinity)
-                self._remembered[layer] = neighbors.fit(features, bank.labels, len(self.classes_))
-
-    def _check_memories(self, response, y, confidence):
-        """Give the class that each row's memories must be of, and the rows that are kept."""
-        if not isinstance(response, ImmuneResponse):
-            raise TypeError(f"response must be what respond gave, got {type(response).__name__}.")
-        if not 0 <= confidence <= 1:
-            raise ValueError(f"confidence={confidence!r} must be between 0 and 1.")
-        shape = self._features.start_shape
-        fits = set(response.memory) == set(self.layers_) and all(
-            response.memory[layer].shape[2:] == shape
-            and np.isin(response.memory_labels[layer], self.classes_).all()
-            for layer in self.layers_
-        )
-        if not fits:
-            raise ValueError(
-                "response is that of another estimator: its memory cells must be of the layers "
-                f"{list(self.layers_)}, of shape {shape} and of the classes that were fitted."
-            )
-        if y is None:
-            plasma = np.concatenate(list(response.plasma_labels.values()), axis=1)
-            agreed = (plasma == response.labels[:, None]).mean(axis=1)
-            return np.searchsorted(self.classes_, response.labels), agreed >= confidence
-        y = column_or_1d(y)
-        check_consistent_length(response.labels, y)
-        self._check_classes(y, self.classes_)
-        return np.searchsorted(self.classes_, y), np.ones(len(y), dtype=bool)
-
-    @staticmethod
-    def _check_classes(y, allowed):
-        unknown = () if allowed is None else np.setdiff1d(y, allowed)
-        if len(unknown):
-            raise ValueError(f"y has classes that are not known: {unknown.tolist()}.")
 
     def _recall(self, layer):
         """Give what computes training features anew, if they are not kept in full precision."""
@@ -958,12 +690,3 @@ class RAILSClassifier(ClassifierMixin, SharesNetwork):
             state["_cells"] = torch.as_tensor(state["_cells"]).cpu().numpy()
             state["_draws"] = {}
         return state
-
-
-def _shares(scores):
-    return scores / scores.sum(axis=1, keepdims=True)
-
-
-def _spread_rows(X, n_rows):
-    """Give positions of some rows, from all over X."""
-    return torch.linspace(0, len(X) - 1, min(n_rows, len(X))).long().unique()

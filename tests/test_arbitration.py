@@ -169,8 +169,9 @@ def test_what_cannot_be_arbitrated_is_named(task):
     with pytest.raises(NotFittedError, match="arbitration was None when RAILSClassifier was fit"):
         rails.predict(X[:2])
     rails.set_params(arbitration=0.0005)
-    with pytest.warns(UserWarning, match="needs 1999 rows to judge by, but there are 600: all lab"):
+    with pytest.warns(UserWarning, match="needs 1999 rows to judge by, but there are 600") as told:
         rails.fit(X, y)
+    assert told[0].filename == __file__
     for wrong in (0, 1, -0.5, "always"):
         with pytest.raises(ValueError, match="'arbitration' parameter"):
             RAILSClassifier(network, arbitration=wrong, **CHEAP).fit(X, y)

@@ -1,0 +1,182 @@
+"""What RAILS learns after it was fitted: memory cells, and more training rows."""
+
+import numpy as np
+import torch
+from sklearn.utils import column_or_1d
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
+
+from ._compat import fit_context
+from ._validation import all_or_nothing, validate_rows
+from .immune.flocking import ClassNeighbors
+from .immune.memory import MemoryBank
+from .immune.response import ImmuneResponse
+
+
+class Remembers:
+    """The part of RAILS that learns from responses and from more data."""
+
+    @all_or_nothing
+    @fit_context(prefer_skip_nested_validation=False)
+    def partial_fit(self, X, y, classes=None):
+        """Add labelled training data, and keep what is remembered.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Training inputs, finite.
+        y : array-like of shape (n,)
+            Their classes.
+        classes : array-like of shape (n_classes,), default=None
+            All classes that may ever come; others are then an error. ``classes_`` has those of
+            which there is an example: a class without one cannot be flocked.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself, as if :meth:`fit` had got all rows so far: indexing them anew
+            costs a forward pass for each.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`fit`; or if the rows do not fit those before, or have a class that is not in
+            ``classes``. The estimator is then as it was before.
+        """
+        if not hasattr(self, "classes_"):
+            allowed = None if classes is None else np.unique(classes)
+            self._check_classes(y, allowed)
+            self.fit(X, y)
+            self._allowed = allowed
+            return self
+        self._check_classes(y, getattr(self, "_allowed", None) if classes is None else classes)
+        rows = validate_rows(self, X)
+        y = column_or_1d(y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y)
+        check_consistent_length(rows, y)
+        known, to_device = self.classes_, self._features.to_device
+        self.classes_ = np.unique(np.concatenate([known, y]))
+        before = self._cells if self.start_layer is None else self._rows
+        rows = torch.cat([to_device(before), to_device(rows)])
+        rows = rows.numpy() if rows.device.type == "cpu" else rows
+        y = np.concatenate([known[self._y], y])
+        memory = self.memory_
+        self._learn(rows, y, (rows.reshape(len(rows), *self._given_shape), y))
+        places = np.searchsorted(self.classes_, known)
+        self.memory_ = {
+            layer: bank.with_classes(len(self.classes_), places) for layer, bank in memory.items()
+        }
+        self._index_memory()
+        return self
+
+    @all_or_nothing
+    def remember(self, response, y=None, *, confidence=0.9):
+        """Keep a response's memory cells: from now on they are flocked as training rows are.
+
+        Of each row those cells are kept that are of the class that it was answered with, if the
+        plasma agreed on it; or, if its class is given, those that are of this class. Wrong
+        memories poison: whoever can feed rows can plant confident wrong answers, unless ``y`` is
+        given.
+
+        Parameters
+        ----------
+        response : ImmuneResponse
+            What :meth:`respond` gave.
+        y : array-like of shape (n,), default=None
+            The true classes of its rows.
+        confidence : float, default=0.9
+            Share of the plasma, over all layers, that must be of the class that a row was answered
+            with, without ``y``. 0 keeps all rows.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself. Each class has an equal share of ``memory_capacity``; the cells
+            that were remembered longest ago go first, and a cell is kept only once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the response is none, or one of an estimator with other layers, classes or cells, or
+            ``y`` does not fit. Nothing is then remembered.
+        """
+        check_is_fitted(self)
+        wanted, kept = self._check_memories(response, y, confidence)
+        memory = {}
+        for layer, bank in self.memory_.items():
+            # The best cells count as the newest of a row.
+            cells = response.memory[layer][:, ::-1]
+            labels = np.searchsorted(self.classes_, response.memory_labels[layer][:, ::-1])
+            chosen = (labels == wanted[:, None]) & kept[:, None]
+            memory[layer] = bank.with_cells(cells[chosen], labels[chosen])
+        self.memory_ = memory
+        self._index_memory()
+        return self
+
+    def forget(self):
+        """Forget all that is remembered.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself.
+        """
+        check_is_fitted(self)
+        shape = self._features.start_shape
+        self.memory_ = {
+            layer: MemoryBank(self.memory_capacity, len(self.classes_), shape)
+            for layer in self.layers_
+        }
+        self._index_memory()
+        return self
+
+    def _find_cells(self, index, layer):
+        """Give training rows, or beyond these remembered cells, by their positions."""
+        bank, n_train = self._bank(), len(self._y)
+        if layer not in self._remembered:
+            return bank[index]
+        cells = bank[index.clamp(max=n_train - 1)]
+        remembered = self._features.to_device(self.memory_[layer].cells).flatten(1)
+        beyond = index >= n_train
+        cells[beyond] = remembered[index[beyond] - n_train]
+        return cells
+
+    def _index_memory(self):
+        """Make what is remembered ready to be flocked."""
+        self._remembered = {}
+        for layer, bank in self.memory_.items():
+            if len(bank):
+                cells = self._features.to_device(bank.cells).flatten(1)
+                features = self._features.from_start(cells, layer)
+                neighbors = ClassNeighbors(self.affinity)
+                self._remembered[layer] = neighbors.fit(features, bank.labels, len(self.classes_))
+
+    def _check_memories(self, response, y, confidence):
+        """Give the class that each row's memories must be of, and the rows that are kept."""
+        if not isinstance(response, ImmuneResponse):
+            raise TypeError(f"response must be what respond gave, got {type(response).__name__}.")
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"confidence={confidence!r} must be between 0 and 1.")
+        shape = self._features.start_shape
+        fits = set(response.memory) == set(self.layers_) and all(
+            response.memory[layer].shape[2:] == shape
+            and np.isin(response.memory_labels[layer], self.classes_).all()
+            for layer in self.layers_
+        )
+        if not fits:
+            raise ValueError(
+                "response is that of another estimator: its memory cells must be of the layers "
+                f"{list(self.layers_)}, of shape {shape} and of the classes that were fitted."
+            )
+        if y is None:
+            plasma = np.concatenate(list(response.plasma_labels.values()), axis=1)
+            agreed = (plasma == response.labels[:, None]).mean(axis=1)
+            return np.searchsorted(self.classes_, response.labels), agreed >= confidence
+        y = column_or_1d(y)
+        check_consistent_length(response.labels, y)
+        self._check_classes(y, self.classes_)
+        return np.searchsorted(self.classes_, y), np.ones(len(y), dtype=bool)
+
+    @staticmethod
+    def _check_classes(y, allowed):
+        unknown = () if allowed is None else np.setdiff1d(y, allowed)
+        if len(unknown):
+            raise ValueError(f"y has classes that are not known: {unknown.tolist()}.")
