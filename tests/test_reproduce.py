@@ -78,6 +78,13 @@ generations = 3
 [data.digits]
 parameters = { layers = "conv1", population_size = 30 }
 """,
+    "triage": ROWS.replace("n_validation = 20", "n_validation = 60")
+    + """
+n_adaptive = 2
+[data.digits]
+parameters = { layers = "conv1", population_size = 30 }
+threat = { layers = "conv2", method = "disagreement" }
+""",
     "figure2": ROWS
     + """
 [data.digits]
@@ -140,6 +147,12 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert noise["PyOD KNN"] > 0.9
         same = {r["detector"]: float(r["auroc"]) for r in rows if r["inputs"] == "Digits"}
         assert same["distance"] < 0.8
+    elif script == "triage":
+        assert [row["bred"] for row in rows] == ["all", "alarms", "none"]
+        cells = [float(row["cells for a clean row"]) for row in rows]
+        assert cells[0] > cells[1] >= cells[2] == 0
+        assert rows[0]["robust against all"].startswith("+0.0")
+        assert rows[2]["right or alarmed, adaptive"] == ""
     elif script == "memory":
         modes = ["none", "confident", "labelled", "all", "poisoned"]
         assert [row["remembered"] for row in rows] == modes
