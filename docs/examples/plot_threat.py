@@ -32,7 +32,7 @@ noise = np.random.default_rng(0).uniform(size=X_test.shape).astype(np.float32)
 # Two kinds of evidence
 # ---------------------
 # What the neighbours say of the network's answer, and where the features lie. Each sees something
-# else. The same attack at twice the radius moves the neighbours as well, and disagreement misses it.
+# else. The same attack at twice the radius moves the neighbours as well, and is missed so.
 
 layers = ["conv1", "conv2"]
 methods = ["disagreement", "mahalanobis"]
