@@ -1,23 +1,25 @@
 """The loop of generations on a GPU: on a faked one everywhere, on a real one where there is one."""
 
 import functools
+import pickle
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from conftest import ConvNet
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sklearn_rails import DkNNClassifier, RAILSClassifier
+from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails._random import generation_uniforms
 from sklearn_rails.features import mapping
 from sklearn_rails.immune.affinity import affinity_to
 from sklearn_rails.immune.maturation import Domain, Schedule, mature, mutation_steps
+from sklearn_rails.immune.sensing import SENSORS
 
 IMAGE = (1, 8, 8)
 SHAPE = (40, 64)
@@ -154,3 +156,22 @@ def test_a_gpu_gives_the_answers_of_the_cpu(conv_net, digits, early_stopping):
         assert_array_equal(on_gpu.predict(X[300:400]), on_host.predict(X[300:400]))
         tensor = torch.tensor(X[300:400], device="cuda")
         assert_array_equal(on_gpu.predict(tensor), on_host.predict(X[300:400]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", SENSORS)
+def test_a_gpu_gives_the_threat_scores_of_the_cpu(conv_net, digits, method):
+    X, y = digits
+    scorer = ThreatScorer(
+        conv_net,
+        layers=["conv1", "conv2"],
+        method=method,
+        input_shape=IMAGE,
+        dtype="float64",
+        random_state=0,
+    )
+    on_host = clone(scorer).set_params(device="cpu").fit(X[:300], y[:300])
+    on_gpu = clone(scorer).set_params(device="cuda").fit(X[:300], y[:300])
+    assert_allclose(on_gpu.transform(X[300:]), on_host.transform(X[300:]), rtol=1e-6)
+    again = pickle.loads(pickle.dumps(on_gpu))
+    assert_allclose(again.transform(X[300:]), on_host.transform(X[300:]), rtol=1e-6)

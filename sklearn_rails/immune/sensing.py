@@ -92,6 +92,19 @@ class NewRows:
         return self._nearest[layer]
 
 
+class LoadsAnywhere:
+    """Holds tensors, and is pickled with these on the host."""
+
+    def __getstate__(self):
+        return {name: _on_host(value) for name, value in vars(self).items()}
+
+
+def _on_host(value):
+    if isinstance(value, dict):
+        return {key: _on_host(v) for key, v in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
 class NeighborsSensor:
     """A sensor that looks at the k nearest clean rows in each layer."""
 
@@ -165,8 +178,8 @@ class Disagreement:
             else:
                 own = torch.from_numpy(rows.own).to(features.device)
                 flocked = flock_without_own(self._neighbors[layer], own, features, 1)
-            columns.append(disagreement(flocked.double(), rows.labels))
-        return torch.stack(columns, dim=1).cpu().numpy()
+            columns.append(disagreement(flocked.cpu().double(), rows.labels.cpu()))
+        return torch.stack(columns, dim=1).numpy()
 
 
 class LocalIntrinsicDimensionality(NeighborsSensor):
@@ -220,7 +233,7 @@ class Distance:
         return torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
 
 
-class KernelDensity:
+class KernelDensity(LoadsAnywhere):
     """Minus the log density of the class that the network predicts (Feinman et al. 2017)."""
 
     def __init__(self, clean):
@@ -263,15 +276,14 @@ class KernelDensity:
                 counted = labels == rows.labels[block, None]
                 if own is not None:
                     counted.scatter_(1, own[block, None], False)
-                near = (near / -(self._bandwidth[layer] ** 2)).to(torch.float64)
-                density = near.masked_fill_(~counted, -torch.inf).logsumexp(dim=1)
-                parts.append(counted.sum(dim=1).log() - density)
+                near = (near / -(self._bandwidth[layer] ** 2)).masked_fill_(~counted, -torch.inf)
+                parts.append(counted.sum(dim=1).log() - near.logsumexp(dim=1))
             # A class without any rows has no density.
             columns.append(torch.cat(parts).nan_to_num(nan=torch.inf))
-        return torch.stack(columns, dim=1).cpu().numpy()
+        return torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
 
 
-class Mahalanobis:
+class Mahalanobis(LoadsAnywhere):
     """Squared Mahalanobis distance of the nearest class mean (Lee et al. 2018).
 
     The covariance within the classes is shared by all of them, and shrunk.
@@ -308,7 +320,7 @@ class Mahalanobis:
         """
         columns = []
         for layer, features in rows.features.items():
-            squares = self.squared_distances(layer, features).double().cpu()
+            squares = self.squared_distances(layer, features).cpu().double()
             if rows.own is not None:
                 squares = self._leave_out(layer, squares, features, rows.own)
             columns.append(squares.amin(dim=1))
@@ -341,18 +353,18 @@ class Mahalanobis:
         labels = self._labels[own]
         residual = white - means[labels.to(means.device)]
         # Products with the differences to all means.
-        products = ((white * residual).sum(dim=1)[:, None] - residual @ means.T).double().cpu()
+        products = ((white * residual).sum(dim=1)[:, None] - residual @ means.T).cpu().double()
         counts = self._counts[labels][:, None]
         growth = torch.where(counts > 1, counts / (counts - 1), torch.inf)
         weight = (self._weight[layer][own][:, None] * growth).nan_to_num(posinf=0.0)
-        own_square = residual.double().square().sum(dim=1)[:, None].cpu()
+        own_square = residual.square().sum(dim=1)[:, None].cpu().double()
         left = (1 - weight * own_square).clamp(min=torch.finfo(torch.float32).eps)
         squares = squares + weight * products.square() / left
         own_class = (growth * growth * own_square / left).nan_to_num(nan=torch.inf)
         return squares.scatter(1, labels[:, None], own_class)
 
 
-class ShrunkWhitening:
+class ShrunkWhitening(LoadsAnywhere):
     """Whitening by a shrunk covariance, whose shrinkage is that of Ledoit and Wolf (2004).
 
     The covariance is a share of a multiple of the identity, and the rest that of the residuals: it
@@ -369,7 +381,8 @@ class ShrunkWhitening:
     """
 
     def __init__(self, residuals):
-        rows = residuals.double()
+        # Where there is no double precision, the host has it.
+        rows = (residuals.cpu() if residuals.device.type == "mps" else residuals).double()
         n, d = rows.shape
         norms = rows.square().sum(dim=1)
         if d <= n:
@@ -385,9 +398,9 @@ class ShrunkWhitening:
         # Never none at all, since the residuals need not span the space.
         self.shrinkage = float((noise / spread).nan_to_num(nan=1.0).clamp(1e-6, 1.0))
         floor = self.shrinkage * mean if mean > 0 else torch.ones_like(mean)
-        self._scales = ((1 - self.shrinkage) * values + floor).rsqrt().to(residuals.dtype)
+        self._scales = ((1 - self.shrinkage) * values + floor).rsqrt().to(residuals)
         self._rest = float(floor.rsqrt())
-        self._vectors = vectors.to(residuals.dtype)
+        self._vectors = vectors.to(residuals)
 
     def __call__(self, features):
         """Give coordinates in which the covariance is the identity.
@@ -434,12 +447,12 @@ class FeatureSqueezing:
         -------
         ndarray of shape (n, 1), float64
         """
-        before = soft_labels(rows.outputs.double())
+        before = soft_labels(rows.outputs.cpu().double())
         moved = [
-            (soft_labels(rows.network.outputs(squeezed).double()) - before).abs().sum(dim=1)
+            (soft_labels(rows.network.outputs(squeezed).cpu().double()) - before).abs().sum(dim=1)
             for squeezed in self.squeeze(rows.X)
         ]
-        return torch.stack(moved, dim=1).amax(dim=1, keepdim=True).cpu().numpy()
+        return torch.stack(moved, dim=1).amax(dim=1, keepdim=True).numpy()
 
     def squeeze(self, X):
         """Give the rows in simpler forms.
