@@ -35,7 +35,7 @@ ROWS ?= 1000
 DATA := $(if $(DATA_HOME),--data-home "$(DATA_HOME)")
 
 reproduce: $(STAMP)
-	for script in table1 study attacks figure2; do \
+	for script in table1 study attacks detect triage memory figure2; do \
 		$(BIN)/python benchmarks/reproduce/$$script.py --rows $(ROWS) $(DATA) || exit 1; \
 	done
 
