@@ -362,6 +362,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         self.layers_ = self._features.layers
         self._draws = {}
         self._y = y
+        vars(self).pop("_rows", None)
         if self.start_layer is not None:  # else the rows are the cells
             self._rows = X
         self._cells = self._features.start(X)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from sklearn.utils import column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from ._compat import fit_context
@@ -52,9 +53,12 @@ class Remembers:
         rows = validate_rows(self, X)
         y = column_or_1d(y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y)
         check_consistent_length(rows, y)
+        check_classification_targets(y)
         known, to_device = self.classes_, self._features.to_device
+        if (known.dtype.kind in "US") != (y.dtype.kind in "US"):
+            raise ValueError(f"y has labels of {y.dtype}, but those of fit are of {known.dtype}.")
         self.classes_ = np.unique(np.concatenate([known, y]))
-        before = self._cells if self.start_layer is None else self._rows
+        before = self._cells if self._features.start_layer is None else self._rows
         rows = torch.cat([to_device(before), to_device(rows)])
         rows = rows.numpy() if rows.device.type == "cpu" else rows
         y = np.concatenate([known[self._y], y])

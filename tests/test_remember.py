@@ -201,6 +201,10 @@ def test_unknown_classes_are_told_and_change_nothing(split):
     before = rails.predict_proba(new)
     with pytest.raises(ValueError, match=r"not known: \[9\]"):
         rails.partial_fit(X[y == 9], y[y == 9])
+    with pytest.raises(ValueError, match=r"y has labels of <U21, but those of fit are of int64"):
+        rails.partial_fit(X[some], y[some].astype(str), classes=list("01234"))
+    with pytest.raises(ValueError, match="Unknown label type"):
+        rails.partial_fit(X[some], y[some] + 0.5, classes=np.arange(10) / 2)
     with pytest.raises(ValueError, match="features"):
         rails.partial_fit(X[some, 1:], y[some])
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
