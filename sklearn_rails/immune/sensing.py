@@ -1,4 +1,7 @@
-"""Sensing: raw threat scores by many methods, higher for more suspect."""
+"""Sensing: raw threat scores by many methods, higher for more suspect.
+
+A sensor is made from :class:`CleanRows` and called with :class:`NewRows`.
+"""
 
 import functools
 
@@ -129,16 +132,7 @@ class Credibility(NeighborsSensor):
     """
 
     def __call__(self, rows):
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : NewRows
-
-        Returns
-        -------
-        ndarray of shape (n, 1), float64
-        """
+        """Score new rows: an ndarray of shape (n, 1), float64."""
         against, distance = 0, 0
         for radius, index in self._nearest(rows):
             votes = one_hot(torch.from_numpy(self._labels)[index], self._n_classes).sum(dim=1)
@@ -161,16 +155,7 @@ class Disagreement:
         }
 
     def __call__(self, rows):
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : NewRows
-
-        Returns
-        -------
-        ndarray of shape (n, n_layers), float64
-        """
+        """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for layer, features in rows.features.items():
             if rows.own is None:
@@ -186,16 +171,7 @@ class LocalIntrinsicDimensionality(NeighborsSensor):
     """Dimension in which the neighbours seem to lie (Ma et al. 2018)."""
 
     def __call__(self, rows):
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : NewRows
-
-        Returns
-        -------
-        ndarray of shape (n, n_layers), float64
-        """
+        """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for distance, _ in self._nearest(rows):
             distance = distance.clamp_min(torch.finfo(distance.dtype).tiny)
@@ -214,16 +190,7 @@ class Distance:
         }
 
     def __call__(self, rows):
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : NewRows
-
-        Returns
-        -------
-        ndarray of shape (n, n_layers), float64
-        """
+        """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for layer, features in rows.features.items():
             distance, _ = nearest(
@@ -250,16 +217,7 @@ class KernelDensity(LoadsAnywhere):
             self._examples[layer] = features - self._center[layer]
 
     def __call__(self, rows):
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : NewRows
-
-        Returns
-        -------
-        ndarray of shape (n, n_layers), float64
-        """
+        """Score new rows: an ndarray of shape (n, n_layers), float64."""
         device = rows.labels.device
         own = None if rows.own is None else torch.from_numpy(rows.own).to(device)
         labels = self._labels.to(device)
@@ -308,16 +266,7 @@ class Mahalanobis(LoadsAnywhere):
             self._weight[layer][used] = (1 - whiten.shrinkage) / len(used)
 
     def __call__(self, rows):
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : NewRows
-
-        Returns
-        -------
-        ndarray of shape (n, n_layers), float64
-        """
+        """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for layer, features in rows.features.items():
             squares = self.squared_distances(layer, features).cpu().double()
@@ -437,16 +386,7 @@ class FeatureSqueezing:
         self._n_steps = 2**n_bits - 1
 
     def __call__(self, rows):
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : NewRows
-
-        Returns
-        -------
-        ndarray of shape (n, 1), float64
-        """
+        """Score new rows: an ndarray of shape (n, 1), float64."""
         before = soft_labels(rows.outputs.cpu().double())
         moved = [
             (soft_labels(rows.network.outputs(squeezed).cpu().double()) - before).abs().sum(dim=1)
