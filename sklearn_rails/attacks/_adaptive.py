@@ -39,10 +39,11 @@ class AdaptiveKNNAttack:
 
     Where RAILS arbitrates, an attacker may fool the vote, or the network toward a class that the
     neighbours do not rule out. Each restart is then made twice, the second time with what the
-    network's logits are behind that of :math:`y` added to the scores. With a ``threat_weight`` the
-    attack also keeps away from alarms: it descends that multiple of a softened threat score, for
-    which the same :math:`s_c` are taken in the layers of the threat scorer, and only answers that
-    are wrong and raise no alarm count.
+    network's logits are behind that of :math:`y` added to the scores. Where RAILS breeds alarms
+    alone (``triage``), the references are the flocked neighbours, which vote on all other rows.
+    With a ``threat_weight`` the attack also keeps away from alarms: it descends that multiple of a
+    softened threat score, for which the same :math:`s_c` are taken in the layers of the threat
+    scorer, and only answers that are wrong and raise no alarm count.
 
     Parameters
     ----------

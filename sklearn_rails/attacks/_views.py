@@ -260,6 +260,10 @@ class PopulationsView:
 
     def respond(self, rows):
         """Give the references in each layer, and which of them are there, and the answers."""
+        if self._estimator.triage:
+            return self._flocked(rows), _positions(
+                self._estimator, self._estimator.predict(rows), rows
+            )
         references, answers = {}, []
         neighbors = {
             layer: self._estimator._flock(features, layer)[1]
@@ -280,11 +284,21 @@ class PopulationsView:
             for layer, bred in references.items()
         }
         answers = torch.stack(answers).mode(dim=0).values
-        if self.has_arbiter or self._estimator.triage:
+        if self.has_arbiter:
             scores, bred, _ = self._estimator._settle(rows, rows)
             settled = torch.from_numpy(scores.argmax(axis=1)).to(rows.device)
             answers = torch.where(torch.from_numpy(bred).to(rows.device), answers, settled)
         return joined, answers
+
+    def _flocked(self, rows):
+        """Give the neighbours that vote on rows which raise no alarm, with ``triage``."""
+        rails, flocked = self._estimator, {}
+        for layer, features in rails._features(rows).items():
+            index = rails._flock(features, layer)[1][..., : self._n_references]
+            cells = rails._find_cells(index.clamp(min=0), layer)
+            members = rails._features.from_start(cells.flatten(0, 2), layer)
+            flocked[layer] = members.reshape(*index.shape, -1), index >= 0
+        return flocked
 
     def _best(self, population, neighbors, layer):
         """Give each class's fittest cells' features, or its neighbours' where it died out."""

@@ -220,6 +220,26 @@ def test_the_threat_falls_along_its_soft_version(task, method):
     assert scorer.score_samples(points).mean() > before.mean() + 0.2
 
 
+def test_triage_is_attacked_at_the_neighbours_that_vote(task):
+    network, X, y, X_test, y_test = task
+    scorer = ThreatScorer(network, layers="conv1", method="distance", random_state=0)
+    rails = RAILSClassifier(
+        network, layers="conv2", population_size=50, threat_scorer=scorer, random_state=0
+    ).fit(X, y)
+    n_fooled = []
+    for triage in (True, False):
+        attack = AdaptiveKNNAttack(
+            rails.set_params(triage=triage), X, y, eps=0.12, threat_weight=1, **QUICK
+        )
+        attacked = attack.generate(X_test, y_test)
+        silent = rails.threat_scorer_.predict(attacked) == 1
+        wrong = rails.set_params(triage=True).predict(attacked) != y_test
+        n_fooled.append((silent & wrong).sum())
+    # An attack at the cells that are bred finds less.
+    assert n_fooled[0] > n_fooled[1]
+    assert n_fooled[0] > 10
+
+
 def test_a_threat_weight_needs_a_threat_scorer_that_it_knows(task):
     network, X, y, *_ = task
     knn = defence("k-NN", network, X, y)
