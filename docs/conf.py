@@ -21,10 +21,13 @@ templates_path = ["_templates"]
 # The gallery's sources: what it makes of them stands in auto_examples.
 exclude_patterns = ["_build", "_templates", "examples"]
 
-# Methods that the class has of its own; those of scikit-learn are in scikit-learn's guide.
+# Methods that are this package's; those of scikit-learn are in scikit-learn's guide.
 autodoc_default_options = {
     "members": True,
-    "exclude-members": "set_fit_request, set_score_request, set_transform_request",
+    "inherited-members": "SharesNetwork, ClassifierMixin, OutlierMixin, TransformerMixin, "
+    "ClassNamePrefixFeaturesOutMixin, BaseEstimator, _MetadataRequester, _SetOutputMixin",
+    "exclude-members": "set_fit_request, set_partial_fit_request, set_score_request, "
+    "set_transform_request",
 }
 # autodoc lists them.
 numpydoc_show_class_members = False
