@@ -9,6 +9,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from sklearn_rails.demo import train_network
+
 
 class ConvNet(nn.Module):
     """Functional ReLU, pooling and dropout: nothing that its children alone would tell."""
@@ -60,6 +62,17 @@ def digits():
     X = (X / 16).astype(np.float32)
     X.flags.writeable = False
     return X, y
+
+
+@pytest.fixture(scope="session")
+def digit_task(digits):
+    """A trained network, the 600 images that it was trained on, and 400 new ones."""
+    X, y = digits
+    X = X.reshape(-1, 1, 8, 8)
+    order = np.random.default_rng(0).permutation(len(y))
+    X, y = X[order], y[order]
+    network = train_network(X[:600], y[:600], max_epochs=8, verbose=0)
+    return network.module_, X[:600], y[:600], X[600:1000], y[600:1000]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -12,20 +12,15 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
-from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.demo import pgd
 from sklearn_rails.immune.conformity import disagreement
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
 
 
 @pytest.fixture(scope="module")
-def task(digits):
-    X, y = digits
-    X = X.reshape(-1, 1, 8, 8)
-    order = np.random.default_rng(0).permutation(len(y))
-    X, y = X[order], y[order]
-    network = train_network(X[:600], y[:600], max_epochs=8, verbose=0)
-    return network.module_, X[:600], y[:600], X[600:1000], y[600:1000]
+def task(digit_task):
+    return digit_task
 
 
 @pytest.fixture(scope="module")

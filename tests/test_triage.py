@@ -9,21 +9,16 @@ from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import NotFittedError
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
-from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.demo import pgd
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
 
 
 @pytest.fixture(scope="module")
-def task(digits):
-    X, y = digits
-    X = X.reshape(-1, 1, 8, 8)
-    order = np.random.default_rng(0).permutation(len(y))
-    X, y = X[order], y[order]
-    network = train_network(X[:600], y[:600], max_epochs=8, verbose=0).module_
-    new, y_new = X[600:900], y[600:900]
+def task(digit_task):
+    network, X, y, new, y_new = digit_task
     attacked = pgd(network, new[:100], y_new[:100], eps=0.2, step=0.05, max_iter=10)
-    return network, X[:600], y[:600], np.concatenate([new, attacked])
+    return network, X, y, np.concatenate([new[:300], attacked])
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from sklearn_rails.demo import pgd
 from sklearn_rails.inspection import AffinityCurveDisplay
 
 
-def remember(task, rails, how, stream, labels, poison):
-    """Fill the memory, and say how many of its cells are of the wrong class."""
+def remember(rails, how, stream, labels, poison):
+    """Fill the memory anew."""
     rails.forget()
     if how == "none":
         return
@@ -49,7 +49,8 @@ def rows_of(task, settings):
     strong = pgd(
         task.network, task.X_test[:half], y_stream, eps=2 * eps, step=2 * step, max_iter=max_iter
     )
-    poison = strong, y_stream
+    wrong = rails.predict(strong) != y_stream
+    poison = strong[wrong], y_stream[wrong]
     bred_all = {"early_stopping": False, "generations": own["generations"]}
     given = {name: getattr(rails, name) for name in bred_all}
     before = rails.set_params(**bred_all).respond(again[: own["n_curve"]])
@@ -57,11 +58,7 @@ def rows_of(task, settings):
 
     base = {}
     for how in ("none", "confident", "labelled", "all", "poisoned"):
-        if how == "poisoned":
-            response = rails.forget().respond(poison[0])
-            wrong = response.labels != poison[1]
-            poison = poison[0][wrong], poison[1][wrong]
-        remember(task, rails, how, stream, y_stream, poison)
+        remember(rails, how, stream, y_stream, poison)
         n_cells = {layer: len(bank) for layer, bank in rails.memory_.items()}
         line = {
             "data": task.title,

@@ -47,13 +47,14 @@ def rows_of(task, settings):
             start = perf_counter()
             rails.predict(X)
             times[name].append(perf_counter() - start)
+    alarm = ways["alarms"].threat_scorer_.predict(X) == -1
+    bred_in = {"all": X, "alarms": X[alarm], "none": X[:0]}
     base = None
     for name, rails in ways.items():
         right = [rails.predict(rows) == y for rows in (X, attacked)]
         base = base or right
-        alarm = ways["alarms"].threat_scorer_.predict(X) == -1
-        bred = {"all": np.ones(len(X), dtype=bool), "alarms": alarm, "none": alarm & False}[name]
-        cells = rails.respond(X[bred]).n_forward / len(X) if bred.any() else 0
+        bred = bred_in[name]
+        cells = rails.respond(bred).n_forward / len(X) if len(bred) else 0
         line = {
             "data": task.title,
             "network": task.name,

@@ -269,9 +269,10 @@ class Mahalanobis(LoadsAnywhere):
         """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for layer, features in rows.features.items():
-            squares = self.squared_distances(layer, features).cpu().double()
+            white, means = self._whitened(layer, features)
+            squares = self._squares(white, means).cpu().double()
             if rows.own is not None:
-                squares = self._leave_out(layer, squares, features, rows.own)
+                squares = self._leave_out(layer, squares, white, means, rows.own)
             columns.append(squares.amin(dim=1))
         return torch.stack(columns, dim=1).numpy()
 
@@ -288,7 +289,9 @@ class Mahalanobis(LoadsAnywhere):
         torch.Tensor of shape (n, n_classes)
             Infinite for a class without rows.
         """
-        white, means = self._whitened(layer, features)
+        return self._squares(*self._whitened(layer, features))
+
+    def _squares(self, white, means):
         squares = torch.cdist(white, means).square()
         return squares.masked_fill(self._counts.to(squares.device) == 0, torch.inf)
 
@@ -296,9 +299,8 @@ class Mahalanobis(LoadsAnywhere):
         origin, means = (part[layer].to(features.device) for part in (self._origin, self._means))
         return self._whiten[layer](features - origin), means
 
-    def _leave_out(self, layer, squares, features, own):
+    def _leave_out(self, layer, squares, white, means, own):
         """Take each row out of its class's mean and of the covariance."""
-        white, means = self._whitened(layer, features)
         labels = self._labels[own]
         residual = white - means[labels.to(means.device)]
         # Products with the differences to all means.

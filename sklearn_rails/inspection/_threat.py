@@ -87,11 +87,12 @@ class ThreatDisplay:
         _check_matplotlib(f"{cls.__name__}.from_estimator")
         attacked = X_attacked if isinstance(X_attacked, dict) else {"attacked": X_attacked}
         offset = getattr(estimator, "offset_", None)
-        return cls(
+        return cls.from_predictions(
             -estimator.score_samples(X),
             {name: -estimator.score_samples(rows) for name, rows in attacked.items()},
             threshold=None if offset is None else -offset,
-        ).plot(axes=axes)
+            axes=axes,
+        )
 
     @classmethod
     def from_predictions(cls, threat, threat_attacked, *, threshold=None, axes=None):
