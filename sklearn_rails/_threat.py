@@ -213,14 +213,17 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         self._check_network()
 
         labels, n_classes = self._find_classes(X, y)
-        clean = CleanRows(
-            X, self._features(X), labels, n_classes, self.n_neighbors_, self._features
-        )
+        features = self._features(X)
+        clean = CleanRows(X, features, labels, n_classes, self.n_neighbors_, self._features)
         self._sensors = [SENSORS[method](clean) for method in self.methods_]
         rng = check_random_state(self.random_state)
-        rows = rng.permutation(len(X))[:MAX_CALIBRATION_ROWS]
-        scores = self._sense(X, own=rows)
-        self._calibrate(scores)
+        own = rng.permutation(len(X))[:MAX_CALIBRATION_ROWS]
+        blocks = []
+        for part in gen_batches(len(own), BLOCK_ROWS):
+            places = own[part]
+            known = {layer: f[places] for layer, f in features.items()}
+            blocks.append(self._sense(NewRows(X[places], known, self._features, places)))
+        self._calibrate(join_scores(blocks))
         return self
 
     def transform(self, X):
@@ -340,21 +343,16 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         n_outputs = self._features.outputs(X[:1]).shape[1]
         return self._features.predict(X).cpu().numpy(), max(n_outputs, 2)
 
-    def _sense(self, X, own=None):
-        """Give every method's raw scores: a list of arrays (n, n_scores).
-
-        ``own`` are the places of clean rows in X, which are then judged without themselves.
-        """
-        blocks = []
-        for part in gen_batches(len(X) if own is None else len(own), BLOCK_ROWS):
-            places = None if own is None else own[part]
-            rows = X[part if own is None else places]
-            rows = NewRows(rows, self._features(rows), self._features, places)
-            blocks.append([sensor(rows) for sensor in self._sensors])
-        return [np.concatenate(scores) for scores in zip(*blocks, strict=True)]
+    def _sense(self, rows):
+        """Give every method's raw scores of some rows: a list of arrays (n, n_scores)."""
+        return [sensor(rows) for sensor in self._sensors]
 
     def _weigh(self, X):
-        return self._evidence(self._sense(X))
+        blocks = []
+        for part in gen_batches(len(X), BLOCK_ROWS):
+            rows = X[part]
+            blocks.append(self._sense(NewRows(rows, self._features(rows), self._features)))
+        return self._evidence(join_scores(blocks))
 
     def _evidence(self, scores):
         columns = [
@@ -385,3 +383,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             self.offset_ = -np.inf
         else:
             self.offset_ = -np.sort(threat)[::-1][n_above]
+
+
+def join_scores(blocks):
+    """Join blocks of rows, each a list of one array (n, n_scores) a method."""
+    return [np.concatenate(scores) for scores in zip(*blocks, strict=True)]

@@ -73,7 +73,9 @@ class AdaptiveKNNAttack:
         Seeds that the attack has not seen, by whose majority it judges whether RAILS is wrong.
     threat_weight : float, default=0
         Weight of the threat score of RAILS's ``threat_scorer``, which must be a
-        :class:`~sklearn_rails.ThreatScorer`. 0 ignores alarms.
+        :class:`~sklearn_rails.ThreatScorer`. 0 ignores alarms. Try several, and count a row as
+        held only if it is under all of them: with too large a weight the attack keeps away from
+        alarms and fools nothing.
     clip : pair of float or None, default=(0, 1)
         Bounds of the inputs.
     random_state : int, RandomState or None, default=None
