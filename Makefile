@@ -35,6 +35,7 @@ ROWS ?= 1000
 DATA := $(if $(DATA_HOME),--data-home "$(DATA_HOME)")
 
 reproduce: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[reproduce]"
 	for script in table1 study attacks detect triage memory figure2; do \
 		$(BIN)/python benchmarks/reproduce/$$script.py --rows $(ROWS) $(DATA) || exit 1; \
 	done

@@ -61,6 +61,7 @@ affinity = "cosine"
 """,
     "detect": ROWS.replace("n_validation = 20", "n_validation = 60")
     + """
+libraries = ["scikit-learn LocalOutlierFactor", "PyOD KNN"]
 attacks = ["PGD", "FGSM"]
 n_hop_skip_jump = 2
 n_adaptive = 3
@@ -81,6 +82,8 @@ parameters = { layers = "conv1", population_size = 30 }
     "triage": ROWS.replace("n_validation = 20", "n_validation = 60")
     + """
 n_adaptive = 2
+n_restarts = 1
+threat_weights = [0.1, 1.0]
 [data.digits]
 parameters = { layers = "conv1", population_size = 30 }
 threat = { layers = "conv2", method = "disagreement" }
@@ -142,6 +145,7 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert len(names) == 7 + 2 + 2
         assert {"PGD", "noise", "Digits"} <= {row["inputs"] for row in rows}
         assert all(0 <= float(row["auroc"]) <= 1 for row in rows)
+        assert {bool(row["clean held-out rows flagged at 5 %"]) for row in rows} == {True, False}
         noise = {r["detector"]: float(r["auroc"]) for r in rows if r["inputs"] == "noise"}
         assert noise["distance"] > 0.9
         assert noise["PyOD KNN"] > 0.9
@@ -152,7 +156,9 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         cells = [float(row["cells for a clean row"]) for row in rows]
         assert cells[0] > cells[1] >= cells[2] == 0
         assert rows[0]["robust against all"].startswith("+0.0")
-        assert rows[2]["right or alarmed, adaptive"] == ""
+        assert rows[2]["right or alarmed, worst"] == ""
+        worst = float(rows[1]["right or alarmed, worst"].split()[0])
+        assert worst <= float(rows[1]["right or alarmed, aim alarms, weight 0.1"].split()[0])
     elif script == "memory":
         modes = ["none", "confident", "labelled", "all", "poisoned"]
         assert [row["remembered"] for row in rows] == modes

@@ -56,7 +56,7 @@ def by_square(fitted, X, y, eps):
     return SquareAttack(target, eps=eps, max_iter=500, verbose=False).generate(X, y)
 
 
-def by_hop_skip_jump(predict, X, eps):
+def by_hop_skip_jump(predict, X, eps, max_iter=10):
     """Attack by the answers; a row for which the ball is too small comes back as it was."""
     target = BlackBoxClassifier(
         lambda rows: np.eye(10)[predict(rows.astype(np.float32))],
@@ -65,7 +65,7 @@ def by_hop_skip_jump(predict, X, eps):
         clip_values=(0, 1),
     )
     attack = HopSkipJump(
-        target, norm=np.inf, max_iter=10, max_eval=300, init_eval=50, verbose=False
+        target, norm=np.inf, max_iter=max_iter, max_eval=300, init_eval=50, verbose=False
     )
     attacked = attack.generate(X)
     near = np.abs(attacked - X).max(axis=(1, 2, 3)) <= eps

@@ -67,13 +67,15 @@ class Task:
             name, data, n_validation + settings["n_calibration"], settings["n_train"]
         )
         self.X_validation, self.y_validation = X_held_out[:n_validation], y_held_out[:n_validation]
+        self.X_calibration = X_held_out[n_validation:]
         self.given = {
             # All training rows stay neighbours.
-            "DkNN": {"calibration": (X_held_out[n_validation:], y_held_out[n_validation:])},
+            "DkNN": {"calibration": (self.X_calibration, y_held_out[n_validation:])},
             "RAILS": {"random_state": 0},
         }
         n_rows = min(settings["n_test"], options.rows or settings["n_test"])
         self.X_test, self.y_test = data.X_test[:n_rows], data.y_test[:n_rows]
+        self.every_X_test = data.X_test
 
     def make(self, kind, parameters):
         """Make a classifier with given parameters."""

@@ -1,11 +1,15 @@
 """How well threat scores tell attacked rows from clean ones: ``python detect.py mnist``.
 
-Detectors learn from clean validation rows, which the network has not seen. Negatives are test rows,
-and the same with noise of the attack's size, that the network classifies correctly; positives are
+Detectors learn from clean validation rows, which the network has not seen; how often they flag
+clean rows is counted on others of these, and on all test rows. Negatives are test rows, and the
+same with noise of the attack's size, that the network classifies correctly; positives are
 successful attacks alone, and inputs that are none of the classes: another data set, and noise.
+
+pytorch-ood needs a torchvision that fits torch; ``libraries`` in the settings can do without it.
 """
 
 import numpy as np
+import torch
 from attacks import by_hop_skip_jump, network_attacks
 from common import main, predict_network, share
 from pyod.models.knn import KNN
@@ -30,17 +34,49 @@ METHODS = [
 class OnFeatures:
     """A library's outlier detector on the same layers' features."""
 
-    def __init__(self, extractor, score, detector):
+    def __init__(self, extractor, detector):
         self.extractor = extractor
-        self.score = score
         self.detector = detector
 
     def fit(self, X, y):
-        self.detector.fit(self.extractor.fit(X).transform(X))
+        self.detector.fit(self.extractor.fit(X).transform(X), y)
         return self
 
     def threat(self, X):
-        return self.score(self.detector, self.extractor.transform(X))
+        return self.detector.threat(self.extractor.transform(X))
+
+
+class OutlierFactor(LocalOutlierFactor):
+    """scikit-learn's, higher for more suspect."""
+
+    def threat(self, F):
+        return -self.score_samples(F)
+
+
+class PyODNeighbors(KNN):
+    """PyOD's, which is higher for more suspect by itself."""
+
+    def threat(self, F):
+        return self.decision_function(F)
+
+
+class PytorchOODMahalanobis:
+    """pytorch-ood's, in double precision."""
+
+    def fit(self, F, y):
+        from pytorch_ood.detector import Mahalanobis
+
+        self.detector = Mahalanobis(None)
+        # In single precision the covariance of thousands of features cannot be inverted.
+        torch.set_default_dtype(torch.float64)
+        try:
+            self.detector.fit_features(torch.from_numpy(F).double(), torch.from_numpy(y))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return self
+
+    def threat(self, F):
+        return self.detector.predict_features(torch.from_numpy(F).double()).numpy()
 
 
 def make_detectors(task, own):
@@ -53,12 +89,13 @@ def make_detectors(task, own):
             name,
             ThreatScorer(task.network, layers=layers, method=method, n_neighbors=k, random_state=0),
         )
-    outlier_factor = LocalOutlierFactor(n_neighbors=k, novelty=True)
-    yield (
-        "scikit-learn LocalOutlierFactor",
-        OnFeatures(extractor, lambda d, F: -d.score_samples(F), outlier_factor),
-    )
-    yield "PyOD KNN", OnFeatures(extractor, lambda d, F: d.decision_function(F), KNN(n_neighbors=k))
+    libraries = {
+        "scikit-learn LocalOutlierFactor": lambda: OutlierFactor(n_neighbors=k, novelty=True),
+        "PyOD KNN": lambda: PyODNeighbors(n_neighbors=k),
+        "pytorch-ood Mahalanobis": PytorchOODMahalanobis,
+    }
+    for name in own["libraries"]:
+        yield name, OnFeatures(extractor, libraries[name]())
 
 
 def threat_of(detector, X):
@@ -106,7 +143,7 @@ def collect(task, own):
             positives[name] = successful(make(X, y), own_network, y)
     n = own["n_hop_skip_jump"]
     positives["HopSkipJump"] = successful(
-        by_hop_skip_jump(own_network, X[:n], eps), own_network, y[:n]
+        by_hop_skip_jump(own_network, X[:n], eps, max_iter=30), own_network, y[:n]
     )
     n = own["n_adaptive"]
     rails = task.fit("RAILS", own["defence"])
@@ -126,9 +163,10 @@ def rows_of(task, settings):
     negatives, positives = collect(task, own)
     for name, detector in make_detectors(task, own):
         detector.fit(task.X_validation, task.y_validation)
-        flagged = ""
+        flagged = dict.fromkeys(("held-out", "test"), "")
         if isinstance(detector, ThreatScorer):
-            flagged = share(detector.predict(task.X_test) == -1)
+            clean_rows = {"held-out": task.X_calibration, "test": task.every_X_test}
+            flagged = {k: share(detector.predict(rows) == -1) for k, rows in clean_rows.items()}
         clean = threat_of(detector, negatives)
         for kind, rows in positives.items():
             is_attacked = np.repeat([0, 1], [len(negatives), len(rows)])
@@ -141,7 +179,7 @@ def rows_of(task, settings):
                 "layers": " ".join(own["layers"]),
                 "detector": name,
                 "seed": 0,
-                "clean test rows flagged at 5 %": flagged,
+                **{f"clean {kind} rows flagged at 5 %": rate for kind, rate in flagged.items()},
                 "inputs": kind,
                 "negatives": len(negatives),
                 "positives": len(rows),
