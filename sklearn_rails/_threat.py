@@ -218,12 +218,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         self._sensors = [SENSORS[method](clean) for method in self.methods_]
         rng = check_random_state(self.random_state)
         own = rng.permutation(len(X))[:MAX_CALIBRATION_ROWS]
-        blocks = []
-        for part in gen_batches(len(own), BLOCK_ROWS):
-            places = own[part]
-            known = {layer: f[places] for layer, f in features.items()}
-            blocks.append(self._sense(NewRows(X[places], known, self._features, places)))
-        self._calibrate(join_scores(blocks))
+        blocks = (
+            NewRows(X[places], {k: f[places] for k, f in features.items()}, self._features, places)
+            for places in (own[part] for part in gen_batches(len(own), BLOCK_ROWS))
+        )
+        self._calibrate(self._sense(blocks))
         return self
 
     def transform(self, X):
@@ -343,16 +342,17 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         n_outputs = self._features.outputs(X[:1]).shape[1]
         return self._features.predict(X).cpu().numpy(), max(n_outputs, 2)
 
-    def _sense(self, rows):
-        """Give every method's raw scores of some rows: a list of arrays (n, n_scores)."""
-        return [sensor(rows) for sensor in self._sensors]
+    def _sense(self, blocks):
+        """Give every method's raw scores of blocks of rows: a list of arrays (n, n_scores)."""
+        scores = [[sensor(rows) for sensor in self._sensors] for rows in blocks]
+        return [np.concatenate(parts) for parts in zip(*scores, strict=True)]
 
     def _weigh(self, X):
-        blocks = []
-        for part in gen_batches(len(X), BLOCK_ROWS):
-            rows = X[part]
-            blocks.append(self._sense(NewRows(rows, self._features(rows), self._features)))
-        return self._evidence(join_scores(blocks))
+        blocks = (
+            NewRows(rows, self._features(rows), self._features)
+            for rows in (X[part] for part in gen_batches(len(X), BLOCK_ROWS))
+        )
+        return self._evidence(self._sense(blocks))
 
     def _evidence(self, scores):
         columns = [
@@ -383,8 +383,3 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             self.offset_ = -np.inf
         else:
             self.offset_ = -np.sort(threat)[::-1][n_above]
-
-
-def join_scores(blocks):
-    """Join blocks of rows, each a list of one array (n, n_scores) a method."""
-    return [np.concatenate(scores) for scores in zip(*blocks, strict=True)]

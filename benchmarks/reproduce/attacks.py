@@ -16,13 +16,12 @@ from art.estimators.classification import (
     BlackBoxClassifierNeuralNetwork,
     PyTorchClassifier,
 )
-from common import describe, main, predict_network, share
+from common import describe, is_held, main, predict_network, share
 from matplotlib import pyplot as plt
 from torch import nn
 from train import attack_settings
 
 from sklearn_rails import ThreatScorer
-from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.demo import pgd
 
 
@@ -121,16 +120,9 @@ def rows_of(task, settings):
         return line
 
     def adaptive(fitted, X, y, eps, threat_weight=0):
-        attack = AdaptiveKNNAttack(
-            fitted,
-            task.X,
-            task.y,
-            eps=eps,
-            threat_weight=threat_weight,
-            random_state=0,
-            **own["adaptive"],
+        return task.attack_adaptively(
+            fitted, X, y, eps, threat_weight=threat_weight, **own["adaptive"]
         )
-        return attack.generate(X, y)
 
     right = {"none": predict_network(task.network, X) == y}
     right |= {k: predict_network(task.network, Z) == y for k, Z in transferred.items()}
@@ -178,10 +170,9 @@ def rows_of(task, settings):
             n = min(own["n_adaptive"], len(X))
             for weight in (0, 1):
                 attacked = adaptive(fitted, X[:n], y[:n], eps, threat_weight=weight)
-                alarm = fitted.threat_scorer_.predict(attacked) == -1
                 kind = f"adaptive, threat weight {weight}; right or alarmed"
                 known = {**parameters, "threat_scorer": entry["threat"]}
-                yield row(name, known, kind, eps, alarm | (fitted.predict(attacked) == y[:n]))
+                yield row(name, known, kind, eps, is_held(fitted, attacked, y[:n]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from train import load_data, load_network, split_rows
 
 import sklearn_rails
 from sklearn_rails import DkNNClassifier, RAILSClassifier
+from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.metrics import make_robust_scorer
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -75,7 +76,8 @@ class Task:
         }
         n_rows = min(settings["n_test"], options.rows or settings["n_test"])
         self.X_test, self.y_test = data.X_test[:n_rows], data.y_test[:n_rows]
-        self.every_X_test = data.X_test
+        # For what costs little, also beyond the rows of the settings.
+        self.every_X_test = data.X_test[: options.rows]
 
     def make(self, kind, parameters):
         """Make a classifier with given parameters."""
@@ -84,6 +86,11 @@ class Task:
     def fit(self, kind, parameters):
         """Fit a classifier with given parameters."""
         return self.make(kind, parameters).fit(self.X, self.y)
+
+    def attack_adaptively(self, fitted, X, y, eps, **options):
+        """Attack a classifier that was fitted on the training rows, by one that knows it."""
+        attack = AdaptiveKNNAttack(fitted, self.X, self.y, eps=eps, random_state=0, **options)
+        return attack.generate(X, y)
 
     def tune(self, kind, grid, attack):
         """Choose parameters by the mean of clean and robust accuracy on validation rows."""
@@ -110,6 +117,11 @@ def predict_network(network, X):
     with torch.no_grad():
         parts = [network(torch.from_numpy(rows)) for rows in np.array_split(X, -(-len(X) // 256))]
     return torch.cat(parts).argmax(dim=1).numpy()
+
+
+def is_held(rails, rows, y):
+    """Tell which rows are answered rightly, or raise an alarm."""
+    return (rails.predict(rows) == y) | (rails.threat_scorer_.predict(rows) == -1)
 
 
 def share(right):

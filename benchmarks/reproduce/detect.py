@@ -17,7 +17,6 @@ from sklearn.neighbors import LocalOutlierFactor
 from train import attack_settings, load_data
 
 from sklearn_rails import ThreatScorer, TorchFeatureExtractor
-from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.metrics import detection_scores
 
 METHODS = [
@@ -34,49 +33,49 @@ METHODS = [
 class OnFeatures:
     """A library's outlier detector on the same layers' features."""
 
-    def __init__(self, extractor, detector):
+    def __init__(self, extractor, learn, n_neighbors):
         self.extractor = extractor
-        self.detector = detector
+        self.learn = learn
+        self.n_neighbors = n_neighbors
 
     def fit(self, X, y):
-        self.detector.fit(self.extractor.fit(X).transform(X), y)
+        self.judge = self.learn(self.extractor.fit(X).transform(X), y, self.n_neighbors)
         return self
 
     def threat(self, X):
-        return self.detector.threat(self.extractor.transform(X))
+        return self.judge(self.extractor.transform(X))
 
 
-class OutlierFactor(LocalOutlierFactor):
-    """scikit-learn's, higher for more suspect."""
-
-    def threat(self, F):
-        return -self.score_samples(F)
+# Each learns from features and their classes, and gives a function from features to threat scores.
 
 
-class PyODNeighbors(KNN):
-    """PyOD's, which is higher for more suspect by itself."""
-
-    def threat(self, F):
-        return self.decision_function(F)
+def learn_outlier_factor(F, y, n_neighbors):
+    detector = LocalOutlierFactor(n_neighbors=n_neighbors, novelty=True).fit(F)
+    return lambda F: -detector.score_samples(F)
 
 
-class PytorchOODMahalanobis:
-    """pytorch-ood's, in double precision."""
+def learn_neighbors(F, y, n_neighbors):
+    return KNN(n_neighbors=n_neighbors).fit(F).decision_function
 
-    def fit(self, F, y):
-        from pytorch_ood.detector import Mahalanobis
 
-        self.detector = Mahalanobis(None)
-        # In single precision the covariance of thousands of features cannot be inverted.
-        torch.set_default_dtype(torch.float64)
-        try:
-            self.detector.fit_features(torch.from_numpy(F).double(), torch.from_numpy(y))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        return self
+def learn_mahalanobis(F, y, n_neighbors):
+    from pytorch_ood.detector import Mahalanobis
 
-    def threat(self, F):
-        return self.detector.predict_features(torch.from_numpy(F).double()).numpy()
+    detector = Mahalanobis(None)
+    # In single precision the covariance of thousands of features cannot be inverted.
+    torch.set_default_dtype(torch.float64)
+    try:
+        detector.fit_features(torch.from_numpy(F).double(), torch.from_numpy(y))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return lambda F: detector.predict_features(torch.from_numpy(F).double()).numpy()
+
+
+LIBRARIES = {
+    "scikit-learn LocalOutlierFactor": learn_outlier_factor,
+    "PyOD KNN": learn_neighbors,
+    "pytorch-ood Mahalanobis": learn_mahalanobis,
+}
 
 
 def make_detectors(task, own):
@@ -89,13 +88,8 @@ def make_detectors(task, own):
             name,
             ThreatScorer(task.network, layers=layers, method=method, n_neighbors=k, random_state=0),
         )
-    libraries = {
-        "scikit-learn LocalOutlierFactor": lambda: OutlierFactor(n_neighbors=k, novelty=True),
-        "PyOD KNN": lambda: PyODNeighbors(n_neighbors=k),
-        "pytorch-ood Mahalanobis": PytorchOODMahalanobis,
-    }
     for name in own["libraries"]:
-        yield name, OnFeatures(extractor, libraries[name]())
+        yield name, OnFeatures(extractor, LIBRARIES[name], k)
 
 
 def threat_of(detector, X):
@@ -147,9 +141,8 @@ def collect(task, own):
     )
     n = own["n_adaptive"]
     rails = task.fit("RAILS", own["defence"])
-    adaptive = AdaptiveKNNAttack(rails, task.X, task.y, eps=eps, random_state=0)
     positives["adaptive, on RAILS"] = successful(
-        adaptive.generate(X[:n], y[:n]), rails.predict, y[:n]
+        task.attack_adaptively(rails, X[:n], y[:n], eps), rails.predict, y[:n]
     )
     for name in own["other_data"]:
         other = load_data(name, task.data_home)

@@ -12,11 +12,10 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
-from common import describe, difference, main, share
+from common import describe, difference, is_held, main, share
 from train import attack, attack_settings
 
 from sklearn_rails import ThreatScorer
-from sklearn_rails.attacks import AdaptiveKNNAttack
 
 N_TIMINGS = 3
 
@@ -26,26 +25,6 @@ class Never(ThreatScorer):
 
     def predict(self, X):
         return np.ones(len(X), dtype=np.int64)
-
-
-def evade(task, rails, weight, eps, own):
-    """Attack a classifier, and keep away from its scorer's alarms."""
-    n = own["n_adaptive"]
-    attack = AdaptiveKNNAttack(
-        rails,
-        task.X,
-        task.y,
-        eps=eps,
-        n_restarts=own["n_restarts"],
-        threat_weight=weight,
-        random_state=0,
-    )
-    return attack.generate(task.X_test[:n], task.y_test[:n])
-
-
-def is_held(rails, rows, y):
-    """Tell which rows are answered rightly, or raise an alarm."""
-    return (rails.predict(rows) == y) | (rails.threat_scorer_.predict(rows) == -1)
 
 
 def rows_of(task, settings):
@@ -71,9 +50,13 @@ def rows_of(task, settings):
     alarm = ways["alarms"].threat_scorer_.predict(X) == -1
     bred_in = {"all": X, "alarms": X[alarm], "none": X[:0]}
     aims = list(itertools.product(("all", "alarms"), own["threat_weights"]))
-    evading = []
-    if own["n_adaptive"]:
-        evading = [evade(task, ways[name], weight, eps, own) for name, weight in aims]
+    n, options = own["n_adaptive"], {"n_restarts": own["n_restarts"]}
+    evading = {
+        (name, weight): task.attack_adaptively(
+            ways[name], X[:n], y[:n], eps, threat_weight=weight, **options
+        )
+        for name, weight in (aims if n else ())
+    }
     base = None
     for name, rails in ways.items():
         right = [rails.predict(rows) == y for rows in (X, attacked)]
@@ -97,13 +80,13 @@ def rows_of(task, settings):
                 median(t / u for t, u in zip(times[name], times["all"], strict=True)), 3
             ),
         }
-        held = []
+        held = {}
         if name != "none":
-            held = [is_held(rails, rows, y[: len(rows)]) for rows in evading]
-        for (aim, weight), h in itertools.zip_longest(aims, held):
+            held = {aim: is_held(rails, rows, y[:n]) for aim, rows in evading.items()}
+        for aim, weight in aims:
             key = f"right or alarmed, aim {aim}, weight {weight}"
-            line[key] = "" if h is None else share(h)
-        line["right or alarmed, worst"] = share(np.all(held, axis=0)) if held else ""
+            line[key] = share(held[aim, weight]) if held else ""
+        line["right or alarmed, worst"] = share(np.all(list(held.values()), axis=0)) if held else ""
         print(*list(line.values())[5:], flush=True)
         yield line
 
