@@ -6,6 +6,7 @@ import weakref
 
 import numpy as np
 import torch
+from sklearn.utils import gen_batches
 
 from .batching import (
     Layout,
@@ -16,9 +17,18 @@ from .batching import (
     no_room_for_a_row,
     rows_layout,
 )
-from .device import DTYPES, keep_freed_memory, kept_random_state, resolve_device
+from .device import (
+    DTYPES,
+    keep_freed_memory,
+    kept_random_state,
+    memory_budget,
+    resolve_device,
+)
 from .frozen import freeze
 from .truncation import TruncatedNetwork
+
+# Arrays of a block's features that are held at a time: the batches, the features, a copy.
+BLOCKS_HELD = 4
 
 # network -> {way through it: layout}: a search over other parameters measures a network once.
 _LAYOUTS = weakref.WeakKeyDictionary()
@@ -112,7 +122,9 @@ class FeatureMap:
                 f"The network does not take rows of shape {self.input_shape} (input_shape sets "
                 f"it): {error}"
             ) from error
-        return {name: outputs[name].reshape(len(x), -1) for name in self.layers}
+        features = {name: outputs[name].reshape(len(x), -1) for name in self.layers}
+        self._row_bytes = sum(f[0].nbytes for f in features.values())
+        return features
 
     def to_device(self, X):
         """Bring rows to the map's device and dtype.
@@ -131,18 +143,39 @@ class FeatureMap:
             X = torch.from_numpy(X if X.flags.writeable and X.flags.c_contiguous else X.copy())
         return X.to(device=self.device, dtype=self.dtype)
 
-    def __call__(self, X):
-        """Give every layer's features of some rows.
+    def __call__(self, X, *, check_finite=True):
+        """Compute every layer's features.
 
         Parameters
         ----------
         X : ndarray or torch.Tensor of shape (n, n_features)
+        check_finite : bool, default=True
+            Raise an error where the network gives NaN or infinity.
 
         Returns
         -------
         dict of str to torch.Tensor of shape (n, n_layer_features)
+
+        Raises
+        ------
+        ValueError
+            If a feature is not finite, with ``check_finite``.
         """
-        return self._collect(X, self.layers)
+        return self._collect(X, self.layers, check_finite=check_finite)
+
+    def row_blocks(self, n_samples):
+        """Split samples into blocks whose features fit into scikit-learn's ``working_memory``.
+
+        Parameters
+        ----------
+        n_samples : int
+
+        Returns
+        -------
+        list of slice
+        """
+        size = max(1, memory_budget(self.device) // (BLOCKS_HELD * self._row_bytes))
+        return list(gen_batches(n_samples, min(size, n_samples)))
 
     @property
     def output(self):
@@ -195,18 +228,25 @@ class FeatureMap:
         """
         return self._collect(cells, (layer,), self.start_layer)[layer]
 
-    def outputs(self, X):
-        """Give the network's own output.
+    def outputs(self, X, *, check_finite=True):
+        """Compute the network's own output.
 
         Parameters
         ----------
         X : ndarray or torch.Tensor of shape (n, n_features)
+        check_finite : bool, default=True
+            Raise an error where the network gives NaN or infinity.
 
         Returns
         -------
         torch.Tensor of shape (n, n_outputs)
+
+        Raises
+        ------
+        ValueError
+            If an output is not finite, with ``check_finite``.
         """
-        return self._collect(X, (self.output,))[self.output]
+        return self._collect(X, (self.output,), check_finite=check_finite)[self.output]
 
     def predict(self, X):
         """Give the network's own labels.
@@ -345,7 +385,7 @@ class FeatureMap:
                 dtype=self.dtype,
             )
 
-    def _collect(self, X, layers, start=None):
+    def _collect(self, X, layers, start=None, *, check_finite=True):
         shape = self.input_shape if start is None else self.start_shape
         x = self.to_device(X).reshape(len(X), *shape)
         if self._batch_size == "auto":
@@ -363,7 +403,7 @@ class FeatureMap:
 
         with torch.no_grad(), kept_random_state(self.device):
             features, _ = halve_until_it_fits(run, layout)
-        for name, values in features.items():
+        for name, values in features.items() if check_finite else ():
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"layers={name!r}: the network gives NaN or infinity for some rows of X."
