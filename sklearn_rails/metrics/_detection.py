@@ -1,32 +1,44 @@
-"""How well a threat score tells attacked inputs from clean ones."""
+"""Scores of detectors that separate attacked samples from clean ones."""
+
+from __future__ import annotations
+
+from numbers import Real
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
-from sklearn.utils import assert_all_finite, check_consistent_length, column_or_1d
+from sklearn.utils import check_consistent_length
+
+from ._arrays import check_scores
 
 
-def fpr_at_tpr_score(y_true, threat, *, tpr=0.95):
-    """False-alarm rate that it takes to catch a share of the attacked rows.
+def fpr_at_tpr_score(
+    y_true: ArrayLike | torch.Tensor, threat: ArrayLike | torch.Tensor, *, tpr: float = 0.95
+) -> float:
+    """Compute the lowest false-alarm rate at which a share of the attacked samples is flagged.
 
     Parameters
     ----------
-    y_true : array-like of shape (n,)
-        Truthy for attacked rows.
-    threat : array-like of shape (n,)
-        Threat scores; higher is more suspect.
+    y_true : array-like of shape (n,), or torch.Tensor
+        Nonzero or True for attacked samples.
+    threat : array-like of shape (n,), or torch.Tensor
+        Threat scores; higher is more suspicious. Only their order matters: infinite scores rank
+        first or last.
     tpr : float, default=0.95
-        Share of the attacked rows that is to be caught, above 0.
+        Share of the attacked samples that must be flagged, above 0 and at most 1.
 
     Returns
     -------
     float
-        Smallest share of the clean rows that a threshold flags which catches at least ``tpr`` of
-        the attacked ones.
+        Smallest share of clean samples above a threshold that flags at least ``tpr`` of the
+        attacked samples.
 
     Raises
     ------
     ValueError
-        If the rows are all attacked or all clean, a score is not finite, or ``tpr`` is not a share.
+        If all samples are attacked or all are clean, ``y_true`` or ``threat`` holds NaN or
+        something other than real numbers, or ``tpr`` is not a number in its range.
 
     References
     ----------
@@ -39,32 +51,38 @@ def fpr_at_tpr_score(y_true, threat, *, tpr=0.95):
     >>> fpr_at_tpr_score([0, 0, 0, 0, 1, 1], [0.1, 0.2, 0.3, 0.6, 0.5, 0.9])
     0.25
     """
-    rates_false, rates_true = _operating_points(y_true, threat, tpr=tpr)
-    return float(rates_false[rates_true >= tpr].min())
+    if not isinstance(tpr, Real) or not 0 < tpr <= 1:
+        raise ValueError(f"tpr={tpr!r} must be a share, above 0 and at most 1.")
+    fprs, tprs, _ = roc_curve(*_check(y_true, threat), drop_intermediate=False)
+    return float(fprs[tprs >= tpr].min())
 
 
-def tpr_at_fpr_score(y_true, threat, *, fpr=0.05):
-    """Share of the attacked rows that is caught at a false-alarm rate.
+def tpr_at_fpr_score(
+    y_true: ArrayLike | torch.Tensor, threat: ArrayLike | torch.Tensor, *, fpr: float = 0.05
+) -> float:
+    """Compute the highest share of attacked samples that is flagged at a false-alarm rate.
 
     Parameters
     ----------
-    y_true : array-like of shape (n,)
-        Truthy for attacked rows.
-    threat : array-like of shape (n,)
-        Threat scores; higher is more suspect.
+    y_true : array-like of shape (n,), or torch.Tensor
+        Nonzero or True for attacked samples.
+    threat : array-like of shape (n,), or torch.Tensor
+        Threat scores; higher is more suspicious. Only their order matters: infinite scores rank
+        first or last.
     fpr : float, default=0.05
-        Share of the clean rows that may be flagged.
+        Largest share of the clean samples that may be flagged, from 0 to 1.
 
     Returns
     -------
     float
-        Largest share of the attacked rows that a threshold catches which flags at most ``fpr`` of
-        the clean ones.
+        Largest share of attacked samples above a threshold that flags at most ``fpr`` of the
+        clean samples.
 
     Raises
     ------
     ValueError
-        If the rows are all attacked or all clean, a score is not finite, or ``fpr`` is not a share.
+        If all samples are attacked or all are clean, ``y_true`` or ``threat`` holds NaN or
+        something other than real numbers, or ``fpr`` is not a number in its range.
 
     Examples
     --------
@@ -72,32 +90,38 @@ def tpr_at_fpr_score(y_true, threat, *, fpr=0.05):
     >>> tpr_at_fpr_score([0, 0, 0, 0, 1, 1], [0.1, 0.2, 0.3, 0.6, 0.5, 0.9])
     0.5
     """
-    rates_false, rates_true = _operating_points(y_true, threat, fpr=fpr)
-    return float(rates_true[rates_false <= fpr].max())
+    if not isinstance(fpr, Real) or not 0 <= fpr <= 1:
+        raise ValueError(f"fpr={fpr!r} must be a share, from 0 to 1.")
+    fprs, tprs, _ = roc_curve(*_check(y_true, threat), drop_intermediate=False)
+    return float(tprs[fprs <= fpr].max())
 
 
-def detection_scores(y_true, threat):
-    """Give the usual scores of a detector at once.
+def detection_scores(
+    y_true: ArrayLike | torch.Tensor, threat: ArrayLike | torch.Tensor
+) -> dict[str, float]:
+    """Compute the usual scores of a detector.
 
     Parameters
     ----------
-    y_true : array-like of shape (n,)
-        Truthy for attacked rows. Count as attacked only rows whose attack succeeded, and among the
-        clean ones only those that are classified correctly.
-    threat : array-like of shape (n,)
-        Threat scores; higher is more suspect.
+    y_true : array-like of shape (n,), or torch.Tensor
+        Nonzero or True for attacked samples. Count as attacked only samples whose attack succeeded,
+        and as clean only samples that are classified correctly.
+    threat : array-like of shape (n,), or torch.Tensor
+        Threat scores; higher is more suspicious. Only their order matters: infinite scores rank
+        first or last.
 
     Returns
     -------
     dict of str to float
         ``"auroc"``, area under the ROC curve; ``"aupr_out"`` and ``"aupr_in"``, average precision
-        with the attacked and with the clean rows as positives; ``"fpr_at_95_tpr"`` and
+        with the attacked and with the clean samples as positives; ``"fpr_at_95_tpr"`` and
         ``"tpr_at_5_fpr"``, see :func:`fpr_at_tpr_score` and :func:`tpr_at_fpr_score`.
 
     Raises
     ------
     ValueError
-        If the rows are all attacked or all clean, or a score is not finite.
+        If all samples are attacked or all are clean, or ``y_true`` or ``threat`` holds NaN or
+        something other than real numbers.
 
     Examples
     --------
@@ -117,20 +141,14 @@ def detection_scores(y_true, threat):
 
 
 def _check(y_true, threat):
-    y_true, threat = column_or_1d(y_true).astype(bool), column_or_1d(threat)
+    """Check the arguments, and replace the threat scores by their ranks."""
+    y_true, threat = check_scores(y_true, "y_true"), check_scores(threat, "threat")
     check_consistent_length(y_true, threat)
-    assert_all_finite(threat, input_name="threat")
+    y_true = y_true.astype(bool)
     if y_true.all() or not y_true.any():
         raise ValueError(
-            f"y_true must have attacked and clean rows, got {y_true.sum()} attacked of "
+            f"y_true must have attacked and clean samples, got {y_true.sum()} attacked of "
             f"{len(y_true)}."
         )
-    return y_true, threat
-
-
-def _operating_points(y_true, threat, **share):
-    ((name, value),) = share.items()
-    if not 0 <= value <= 1 or (name == "tpr" and value == 0):
-        raise ValueError(f"{name}={value!r} must be a share, between 0 and 1.")
-    rates_false, rates_true, _ = roc_curve(*_check(y_true, threat), drop_intermediate=False)
-    return np.asarray(rates_false), np.asarray(rates_true)
+    # Negated unsigned integers wrap around, and differences of infinite scores are NaN.
+    return y_true, np.unique(threat, return_inverse=True)[1]

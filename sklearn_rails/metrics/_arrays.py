@@ -1,0 +1,126 @@
+"""Checks of numbers and labels, in any of the forms that users have them in."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+
+def as_array(values: ArrayLike | torch.Tensor) -> NDArray:
+    """Convert values to an array; tensors may have a graph and be on any device.
+
+    Parameters
+    ----------
+    values : array-like, torch.Tensor or list of torch.Tensor
+
+    Returns
+    -------
+    ndarray
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # numpy has no bfloat16.
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if isinstance(values, list | tuple) and any(isinstance(v, torch.Tensor) for v in values):
+        values = [as_array(v) for v in values]
+    return np.asarray(values)
+
+
+def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray:
+    """Convert values to an array of real numbers or booleans.
+
+    Parameters
+    ----------
+    values : array-like, torch.Tensor or list of torch.Tensor
+    name : str
+        The parameter, for the error.
+
+    Returns
+    -------
+    ndarray of a boolean, integer or floating dtype
+
+    Raises
+    ------
+    ValueError
+        If the values are ragged, masked, or not real numbers.
+    """
+    array = _unmasked(values, name)
+    if array.dtype == object and all(isinstance(v, Real | np.bool_) for v in array.flat):
+        array = array.astype(np.float64)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must hold real numbers, got values of dtype {array.dtype}.")
+    return array
+
+
+def check_scores(scores: ArrayLike | torch.Tensor, name: str) -> NDArray:
+    """Check one number per sample; infinite numbers are allowed, NaN is not.
+
+    Parameters
+    ----------
+    scores : array-like of shape (n,) or (n, 1), or torch.Tensor
+    name : str
+        The parameter, for the error.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+
+    Raises
+    ------
+    ValueError
+        If the scores are not real numbers, not one-dimensional, or NaN.
+    """
+    scores = _one_dimensional(as_numbers(scores, name), name)
+    if np.isnan(scores).any():
+        raise ValueError(f"{name} contains NaN.")
+    return scores
+
+
+def check_labels(labels: ArrayLike | torch.Tensor, name: str) -> NDArray:
+    """Check one class label per sample: all of them strings, or all of them finite numbers.
+
+    Parameters
+    ----------
+    labels : array-like of shape (n,) or (n, 1), or torch.Tensor
+    name : str
+        The parameter, for the error.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+        Strings, finite numbers or booleans.
+
+    Raises
+    ------
+    ValueError
+        If the labels are anything else, or not one-dimensional.
+    """
+    array = _unmasked(labels, name)
+    if array.dtype.kind in "UT" or (
+        array.dtype == object and all(isinstance(v, str) for v in array.flat)
+    ):
+        return _one_dimensional(array.astype(str), name)
+    array = check_scores(array, name)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} contains infinity.")
+    return array
+
+
+def _unmasked(values, name):
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} must not have masked values.")
+    try:
+        return as_array(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array: {error}") from error
+
+
+def _one_dimensional(array, name):
+    if array.ndim == 2 and array.shape[1] == 1:
+        return array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got an array of shape {array.shape}.")
+    return array
