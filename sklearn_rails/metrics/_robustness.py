@@ -1,36 +1,48 @@
-"""Accuracy that is left under attack."""
+"""Accuracy under attack."""
+
+from __future__ import annotations
 
 import atexit
-import copy
-import functools
 import os
+import pickle
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import joblib
 import numpy as np
+import torch
+from joblib.externals.loky.backend.resource_tracker import ResourceTracker
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, is_classifier
 from sklearn.metrics import accuracy_score
 from sklearn.pipeline import Pipeline
-from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
+from .._validation import validate_rows
 from ..features import TorchFeatureExtractor
 from ..features.frozen import as_module, freeze
+from ._arrays import as_numbers, check_labels, check_scores
 
 
-def robust_accuracy_score(y_true, *y_attacked, sample_weight=None):
-    """Share of the rows that are right under every one of some attacks.
+def robust_accuracy_score(
+    y_true: ArrayLike | torch.Tensor,
+    *y_attacked: ArrayLike | torch.Tensor,
+    sample_weight: ArrayLike | torch.Tensor | None = None,
+) -> float:
+    """Compute the share of samples that are classified correctly under every attack.
 
     Parameters
     ----------
-    y_true : array-like of shape (n,)
-        The true classes.
-    *y_attacked : array-like of shape (n,)
-        What is predicted for the rows under each attack; at least one. The predictions for the
-        clean rows may be among them: an attacker is free to do nothing.
-    sample_weight : array-like of shape (n,), default=None
-        Weights of the rows.
+    y_true : array-like of shape (n,), or torch.Tensor
+        The true labels: strings, or numbers.
+    *y_attacked : array-like of shape (n,), or torch.Tensor
+        The labels predicted under each attack, of the kind of ``y_true``; at least one array. Pass
+        the predictions for the clean samples as well: an attacker may leave a sample unchanged.
+    sample_weight : array-like of shape (n,), or torch.Tensor, default=None
+        Weights of the samples, 0 or more.
 
     Returns
     -------
@@ -40,7 +52,8 @@ def robust_accuracy_score(y_true, *y_attacked, sample_weight=None):
     Raises
     ------
     ValueError
-        If there is no attack, or the numbers of rows differ.
+        If there is no attack, the numbers of samples differ, labels are missing, NaN, or strings
+        in one array and numbers in another, or a weight is negative or not finite.
 
     Examples
     --------
@@ -50,34 +63,60 @@ def robust_accuracy_score(y_true, *y_attacked, sample_weight=None):
     """
     if not y_attacked:
         raise ValueError("robust_accuracy_score needs the predictions under one attack or more.")
-    y_true = column_or_1d(y_true)
-    y_attacked = [column_or_1d(y) for y in y_attacked]
+    y_true = check_labels(y_true, "y_true")
+    y_attacked = [check_labels(y, f"y_attacked[{i}]") for i, y in enumerate(y_attacked)]
+    if sample_weight is not None:
+        sample_weight = check_scores(sample_weight, "sample_weight")
+        if not np.isfinite(sample_weight).all() or not (sample_weight >= 0).all():
+            raise ValueError("sample_weight must be finite and 0 or more.")
+        if not sample_weight.any():
+            raise ValueError("sample_weight must have a weight above 0.")
     check_consistent_length(y_true, *y_attacked, sample_weight)
-    stands = np.all([y == y_true for y in y_attacked], axis=0)
-    return float(accuracy_score(np.ones_like(stands), stands, sample_weight=sample_weight))
+    if len(y_true) == 0:
+        raise ValueError("y_true has no samples.")
+    for i, y in enumerate(y_attacked):
+        if (y.dtype.kind == "U") != (y_true.dtype.kind == "U"):
+            raise ValueError(
+                f"y_attacked[{i}] has labels of dtype {y.dtype}, but y_true of {y_true.dtype}: "
+                "all must be strings, or all numbers."
+            )
+    is_robust = np.all([y == y_true for y in y_attacked], axis=0)
+    return float(accuracy_score(np.ones_like(is_robust), is_robust, sample_weight=sample_weight))
 
 
-def make_robust_scorer(attack):
+def make_robust_scorer(
+    attack: Callable[[torch.nn.Module, NDArray, NDArray], ArrayLike | torch.Tensor],
+) -> Callable[[BaseEstimator, ArrayLike, ArrayLike], float]:
     """Make a scorer for model selection: accuracy under an attack on the wrapped network.
 
-    The scorer attacks the network inside an estimator on the rows it is asked to score, and gives
-    the estimator's accuracy on the attacked rows. The rows depend on the network and the split
-    alone, so they are made once for each split and shared by all candidates of a search, those in
-    other processes included. This is a *transfer* attack: it knows nothing of the defence.
+    The scorer attacks the network of an estimator on the samples to be scored, and returns the
+    estimator's accuracy on the attacked samples. These depend only on the network and the split:
+    they are computed once for each split and shared by all candidates of a search, in other
+    processes too. This is a *transfer* attack: it does not take the defence into account.
 
     Parameters
     ----------
     attack : callable
-        ``attack(network, X, y)`` gives attacked copies of ``X``, an array of shape
-        (n, *input_shape), for a ``torch.nn.Module`` in eval mode and the classes ``y`` as they are
-        given to the search. It must be a function of these alone. With ``n_jobs`` it must pickle.
+        ``attack(network, X, y)`` returns attacked copies of ``X``, as an array or a
+        ``torch.Tensor``.
+
+        - ``network``: a copy of the ``torch.nn.Module``, in eval mode and in the estimator's
+          dtype.
+        - ``X``: ndarray of shape (n, *input_shape) in the estimator's dtype; integers where the
+          network takes integers.
+        - ``y``: ndarray of shape (n,), int64, as the losses of torch take it: numeric labels as
+          they are, strings as their positions in the sorted classes.
+
+        All three are copies, which the attack may change. Its result must depend on them alone.
+        With ``n_jobs`` it must pickle.
 
     Returns
     -------
     callable
-        ``scorer(estimator, X, y)``, for fitted estimators of this package and pipelines that end
-        in one. In a pipeline the rows are attacked behind the transformers that stand before it,
-        where the network sees them.
+        ``scorer(estimator, X, y)``, for fitted classifiers of this package and pipelines that end
+        in one. In a pipeline the attack is applied after the transformers, to the input of the
+        network. The scorer raises a ValueError if the attacked samples are not finite numbers of
+        the shape of ``X``.
 
     See Also
     --------
@@ -85,8 +124,9 @@ def make_robust_scorer(attack):
 
     Notes
     -----
-    Attacked rows are kept in a temporary folder until the process ends. Two processes that come to
-    the same split at the same moment both attack it.
+    Attacked samples are kept in a temporary folder, which is removed when the process that created
+    it ends, or a moment later if a signal ends it. Two processes that come to the same split at the
+    same moment both attack it.
 
     Examples
     --------
@@ -117,14 +157,19 @@ class _RobustScorer:
         if not callable(attack):
             raise TypeError(f"attack must be callable, got {type(attack).__name__}.")
         self._attack = attack
-        # The name goes with a pickle: worker processes find the rows in the same place.
-        self._folder = tempfile.mkdtemp(dir=_folder())
+        self._path = None
 
-    def __setstate__(self, state):
-        vars(self).update(state)
+    @property
+    def _folder(self):
+        """The folder of attacked samples, which exists once it is asked for."""
         # The process that made the folder may have ended, as when a saved search is loaded.
-        if not Path(self._folder).is_dir():
-            self._folder = tempfile.mkdtemp(dir=_folder())
+        if self._path is None or not os.path.isdir(self._path):
+            self._path = _make_folder()
+        return self._path
+
+    def __getstate__(self):
+        # Worker processes find the samples in the same folder.
+        return {"_attack": self._attack, "_path": self._folder}
 
     def __repr__(self):
         return f"make_robust_scorer({self._attack!r})"
@@ -136,34 +181,59 @@ class _RobustScorer:
                 X = estimator[:-1].transform(X)
             estimator = estimator[-1]
         network = _find_network(estimator)
-        X = np.asarray(X, dtype=np.float32).reshape(len(X), *estimator.input_shape_)
-        y = column_or_1d(y)
-        return robust_accuracy_score(y, estimator.predict(self._attacked(network, X, y)))
+        X = validate_rows(estimator, X)
+        if isinstance(X, torch.Tensor):
+            X = X.cpu().numpy()
+        X = X.reshape(len(X), *estimator.input_shape_)
+        y = check_labels(y, "y")
+        check_consistent_length(X, y)
+        labels = _encode(y, estimator.classes_)
+        attacked = self._attacked(network, X, labels, estimator._features.dtype)
+        return robust_accuracy_score(y, estimator.predict(attacked))
 
-    def _attacked(self, network, X, y):
-        path = Path(self._folder) / f"{joblib.hash((freeze(network), X, y))}.npy"
+    def _attacked(self, network, X, y, dtype):
+        frozen = freeze(network)
+        path = Path(self._folder) / f"{joblib.hash((frozen, X, y))}.npy"
         if path.is_file():
             return np.load(path)
-        # A copy: the attack's gradients and the mode it runs in are no business of the network.
-        attacked = np.asarray(self._attack(copy.deepcopy(network).eval(), X.copy(), y))
-        if attacked.shape != X.shape:
-            raise ValueError(
-                f"attack must give rows of shape {X.shape}, as it got them, but it gave "
-                f"{attacked.shape}."
-            )
+        device = next((p.device for p in network.parameters()), None)
+        with torch.inference_mode(False), torch.enable_grad():
+            # A copy: the attack may change the network, its gradients and its mode.
+            twin = pickle.loads(pickle.dumps(frozen)).module.to(device=device, dtype=dtype)
+            attacked = self._attack(twin.eval(), X.copy(), y.copy())
+        attacked = _check_attacked(attacked, X)
         # Under another name first: a reader finds all of a file or none of it.
         descriptor, partial = tempfile.mkstemp(dir=self._folder)
-        with os.fdopen(descriptor, "wb") as file:
-            np.save(file, attacked)
-        os.replace(partial, path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.save(file, attacked)
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
         return attacked
 
 
-@functools.cache
-def _folder():
+# Its process outlives this one, and removes the folders that are still registered then. joblib's
+# own tracker would wait for idle workers, which live on for minutes.
+_TRACKER = ResourceTracker()
+
+
+def _make_folder():
+    """Make a temporary folder that is removed when this process ends, however it ends."""
+    # Starting it takes a moment, in which a signal would leave the folder behind.
+    _TRACKER.ensure_running()
     folder = tempfile.mkdtemp(prefix="sklearn_rails_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _TRACKER.register(folder, "folder")
+    atexit.register(_remove_folder, folder, os.getpid())
     return folder
+
+
+def _remove_folder(folder, owner):
+    # A forked process inherits this function, but not the folder.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+        _TRACKER.unregister(folder, "folder")
 
 
 def _find_network(estimator):
@@ -174,5 +244,32 @@ def _find_network(estimator):
         raise ValueError(
             f"{type(estimator).__name__} has no network to attack: give it a feature_extractor."
         )
+    if not is_classifier(estimator):
+        raise TypeError(f"estimator must be a classifier, got {type(estimator).__name__}.")
     check_is_fitted(estimator)
     return as_module(network, "feature_extractor")
+
+
+def _encode(y, classes):
+    """Turn labels into the integers that the losses of torch take."""
+    if y.dtype.kind == "U":
+        # The network may know classes that the estimator has not seen in this split.
+        return np.searchsorted(np.union1d(np.asarray(classes).astype(str), y), y)
+    return y.astype(np.int64)
+
+
+def _check_attacked(attacked, X):
+    """Check what an attack returned, and convert it to the dtype of X."""
+    attacked = as_numbers(attacked, "The result of attack")
+    if attacked.shape != X.shape:
+        raise ValueError(
+            f"attack must return samples of shape {X.shape}, as it got them, but returned "
+            f"{attacked.shape}."
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = attacked.astype(X.dtype)
+    if not (np.isfinite(attacked).all() and np.isfinite(converted).all()):
+        raise ValueError(f"attack must return finite samples, also as {X.dtype}.")
+    if X.dtype.kind in "iu" and not np.array_equal(converted, attacked):
+        raise ValueError(f"attack must return whole numbers that fit into {X.dtype}.")
+    return converted
