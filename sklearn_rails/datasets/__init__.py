@@ -1,4 +1,4 @@
-"""Images to try robust classifiers on, as scikit-learn bunches."""
+"""Image data sets for robust classifiers, as scikit-learn bunches."""
 
 from ._images import fetch_image_benchmark, load_digit_images
 

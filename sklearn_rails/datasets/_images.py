@@ -1,14 +1,22 @@
-"""Small images in scikit-learn itself, and three benchmarks from files or OpenML."""
+"""Small images from scikit-learn, and three benchmarks from files or OpenML."""
+
+from __future__ import annotations
 
 import io
+import os
+import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy_format
 from sklearn.datasets import fetch_openml, get_data_home, load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.utils import Bunch
+
+from .._compat import Interval, RealNotInt, validate_parameter_constraints
 
 
 @dataclass(frozen=True)
@@ -19,18 +27,18 @@ class _Benchmark:
     ----------
     title : str
     files : dict of str to str
-        Names of files in ``data_home``, the preferred first, and what their content is called.
+        Names of files in ``data_home``, the preferred first, and the title of their content.
     openml_name : str
     image_shape : tuple of int
         Channels, height and width.
     n_train : int
-        The official training set is the first rows on OpenML, the test set all others.
+        Number of training images; on OpenML they come first, and the test images after them.
     """
 
     title: str
-    files: dict
+    files: dict[str, str]
     openml_name: str
-    image_shape: tuple
+    image_shape: tuple[int, int, int]
     n_train: int
 
 
@@ -54,36 +62,43 @@ BENCHMARKS = {
 
 FORMAT = (
     "x_train and x_test, uint8 of shape (n, height, width) or (n, height, width, 3), with y_train "
-    "and y_test; or JPEG files one after another in train_bytes and test_bytes, with train_offsets "
-    "and test_offsets"
+    "and y_test, integers from 0 to 9 of shape (n,); or JPEG files one after another in "
+    "train_bytes and test_bytes, with train_offsets and test_offsets of shape (n + 1,)"
 )
 
 
-def load_digit_images(*, test_size=0.25, random_state=0):
-    """Load scikit-learn's 8 x 8 digits as images, split into training and test rows.
+# The largest array of the benchmarks, SVHN's training images, has 225 MB.
+MAX_ARRAY_BYTES = 2**30
+
+
+def load_digit_images(
+    *, test_size: float | int = 0.25, random_state: int | np.random.RandomState | None = 0
+) -> Bunch:
+    """Load scikit-learn's 8 x 8 digits as images, split into a training and a test set.
 
     Parameters
     ----------
     test_size : float or int, default=0.25
-        Share or number of the 1,797 images that are for testing. The split is stratified.
+        Share or number of the 1,797 images in the test set. The split is stratified.
     random_state : int, RandomState or None, default=0
-        Decides on the split.
+        Seed of the split.
 
     Returns
     -------
     :class:`~sklearn.utils.Bunch`
         ``X_train`` and ``X_test``, float32 of shape (n, 1, 8, 8) in [0, 1]; ``y_train`` and
-        ``y_test``, int64 of shape (n,); ``name``, a str with the numbers of rows; and ``DESCR``.
+        ``y_test``, int64 of shape (n,); ``name``, a str with the numbers of images; and ``DESCR``.
 
     Raises
     ------
     ValueError
-        If ``test_size`` leaves no row of a class on one of the sides.
+        If a parameter is invalid, or ``test_size`` leaves a class without an image in one of the
+        sets.
 
     See Also
     --------
     fetch_image_benchmark : MNIST, SVHN and CIFAR-10.
-    sklearn.datasets.load_digits : The same images as rows of 64 values from 0 to 16.
+    sklearn.datasets.load_digits : The same images as vectors of 64 values from 0 to 16.
 
     Examples
     --------
@@ -92,6 +107,17 @@ def load_digit_images(*, test_size=0.25, random_state=0):
     >>> digits.X_train.shape, digits.X_test.shape
     ((1347, 1, 8, 8), (450, 1, 8, 8))
     """
+    validate_parameter_constraints(
+        {
+            "test_size": [
+                Interval(RealNotInt, 0, 1, closed="neither"),
+                Interval(Integral, 1, None, closed="left"),
+            ],
+            "random_state": ["random_state"],
+        },
+        {"test_size": test_size, "random_state": random_state},
+        caller_name="load_digit_images",
+    )
     digits = load_digits()
     X = (digits.images[:, None] / digits.images.max()).astype(np.float32)
     y = digits.target.astype(np.int64)
@@ -101,7 +127,7 @@ def load_digit_images(*, test_size=0.25, random_state=0):
     return _bunch("Digits", X_train, X_test, y_train, y_test, digits.DESCR)
 
 
-def fetch_image_benchmark(name, data_home=None):
+def fetch_image_benchmark(name: str, data_home: str | os.PathLike[str] | None = None) -> Bunch:
     """Load a benchmark of images from a file, or else from OpenML.
 
     Parameters
@@ -109,21 +135,21 @@ def fetch_image_benchmark(name, data_home=None):
     name : {"mnist", "svhn", "cifar10"}
         The benchmark.
     data_home : str or path-like, default=None
-        Folder of the files, ``~/scikit_learn_data`` if None. ``<name>.npz`` is read if it is
-        there, else ``svhn_subset.npz`` or ``cifar10_jpeg.npz``, else
-        :func:`~sklearn.datasets.fetch_openml` loads the benchmark, and keeps it in this folder.
+        Folder of the files, ``~/scikit_learn_data`` if None. ``<name>.npz`` is read if it exists,
+        else ``svhn_subset.npz`` or ``cifar10_jpeg.npz``; else
+        :func:`~sklearn.datasets.fetch_openml` downloads the benchmark into this folder.
 
     Returns
     -------
     :class:`~sklearn.utils.Bunch`
         ``X_train`` and ``X_test``, float32 of shape (n, channels, height, width) in [0, 1];
         ``y_train`` and ``y_test``, int64 of shape (n,) from 0 to 9; ``name``, a str with the
-        numbers of rows, such as ``"SVHN subset (5,694 / 721)"``; and ``DESCR``.
+        numbers of images, such as ``"SVHN subset (5,694 / 721)"``; and ``DESCR``.
 
     Raises
     ------
     ValueError
-        If the name is unknown, or a file does not hold what it should.
+        If the name is unknown, or a file is damaged or does not hold what it should.
     OSError
         If there is no file and OpenML cannot be reached.
     ImportError
@@ -138,7 +164,8 @@ def fetch_image_benchmark(name, data_home=None):
     A file holds the arrays ``x_train`` and ``x_test``, uint8 of shape (n, height, width) or
     (n, height, width, 3), with ``y_train`` and ``y_test``; or the JPEG files one after another in
     ``train_bytes`` and ``test_bytes``, of which image i is ``bytes[offsets[i]:offsets[i + 1]]``
-    with ``train_offsets`` and ``test_offsets``.
+    with ``train_offsets`` and ``test_offsets``. Files are checked as data of unknown origin: no
+    pickled object is loaded, and only JPEG is decoded.
 
     The data are by LeCun, Cortes and Burges (MNIST), Netzer et al. 2011 (SVHN, cropped digits,
     for non-commercial use only), and Krizhevsky 2009 (CIFAR-10).
@@ -150,14 +177,21 @@ def fetch_image_benchmark(name, data_home=None):
     >>> mnist.X_train.shape  # doctest: +SKIP
     (60000, 1, 28, 28)
     """
-    if name not in BENCHMARKS:
+    if not isinstance(name, str) or name not in BENCHMARKS:
         raise ValueError(f"name={name!r} is not a benchmark; choose one of {list(BENCHMARKS)}.")
     benchmark = BENCHMARKS[name]
     folder = Path(get_data_home(data_home))
     for file, title in benchmark.files.items():
         if (folder / file).is_file():
-            return _read(folder / file, title)
+            try:
+                return _read(folder / file, title, benchmark.image_shape)
+            except _BadFile as error:
+                raise ValueError(f"{folder / file} {error} It must hold {FORMAT}.") from error
     return _fetch(benchmark, folder)
+
+
+class _BadFile(Exception):
+    """A file that is damaged or holds something else; the message follows the file's name."""
 
 
 def _bunch(title, X_train, X_test, y_train, y_test, description):
@@ -172,37 +206,85 @@ def _bunch(title, X_train, X_test, y_train, y_test, description):
     )
 
 
-def _read(path, title):
+def _read(path, title, image_shape):
     """Read a benchmark from a file."""
-    with np.load(path) as file:
+    with path.open("rb") as file:
+        # zipfile raises errors of many types for damaged files.
         try:
-            parts = {part: _read_part(file, part) for part in ("train", "test")}
-        except KeyError as error:
-            raise ValueError(f"{path} lacks an array: {error}. It must hold {FORMAT}.") from error
-    for part, (X, y) in parts.items():
-        if X.dtype != np.uint8 or X.ndim not in (3, 4) or len(X) != len(y):
-            raise ValueError(
-                f"{path} has {part} images of type {X.dtype} and shape {X.shape} for {len(y)} "
-                f"labels. It must hold {FORMAT}."
+            archive = zipfile.ZipFile(file)
+        except Exception as error:
+            raise _BadFile(f"is damaged, or is not an .npz file: {error}.") from error
+        with archive:
+            (X_train, y_train), (X_test, y_test) = (
+                _read_part(archive, part, image_shape) for part in ("train", "test")
             )
-    (X_train, y_train), (X_test, y_test) = parts.values()
-    return _bunch(
-        title,
-        _scale_images(X_train),
-        _scale_images(X_test),
-        y_train.astype(np.int64),
-        y_test.astype(np.int64),
-        f"Read from {path.name}.",
+    return _bunch(title, X_train, X_test, y_train, y_test, f"Read from {path.name}.")
+
+
+def _read_part(archive, part, image_shape):
+    """Read and check the images and labels of the training or the test set."""
+    n_channels, height, width = image_shape
+    y = _read_array(archive, f"y_{part}")
+    if y.dtype.kind not in "iu" or y.ndim != 1 or len(y) == 0 or y.min() < 0 or y.max() > 9:
+        raise _BadFile(f"has {part} labels that are not integers from 0 to 9: {_describe(y)}.")
+    if f"{part}_bytes.npy" in archive.namelist():
+        data = _read_array(archive, f"{part}_bytes")
+        offsets = _check_offsets(_read_array(archive, f"{part}_offsets"), data, len(y), part)
+        images = _decode(data, offsets, image_shape, part)
+    else:
+        images = _read_array(archive, f"x_{part}")
+    shapes = [(len(y), height, width, n_channels), (len(y), height, width)][: 1 + (n_channels == 1)]
+    if images.dtype != np.uint8 or images.shape not in shapes:
+        raise _BadFile(
+            f"has {part} images of type {images.dtype} and shape {images.shape} for {len(y)} "
+            f"labels, instead of uint8 and {' or '.join(map(str, shapes))}."
+        )
+    return _scale_images(images), y.astype(np.int64)
+
+
+def _read_array(archive, name):
+    try:
+        if archive.getinfo(f"{name}.npy").file_size > MAX_ARRAY_BYTES:
+            raise ValueError(f"it has more than {MAX_ARRAY_BYTES:,} bytes")
+        # The whole member, since its checksum is compared at the end.
+        content = io.BytesIO(archive.read(f"{name}.npy"))
+        return npy_format.read_array(content, allow_pickle=False)
+    except KeyError as error:
+        raise _BadFile(f"lacks an array: {name}.") from error
+    except Exception as error:
+        raise _BadFile(f"is damaged: {name} cannot be read: {error}.") from error
+
+
+def _describe(labels):
+    values = (
+        f", from {labels.min()} to {labels.max()}"
+        if labels.dtype.kind in "iu" and labels.size
+        else ""
     )
+    return f"an array of type {labels.dtype} and shape {labels.shape}{values}"
 
 
-def _read_part(file, part):
-    if f"{part}_bytes" in file:
-        return _decode(file[f"{part}_bytes"], file[f"{part}_offsets"]), file[f"y_{part}"]
-    return file[f"x_{part}"], file[f"y_{part}"]
+def _check_offsets(offsets, data, n_images, part):
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise _BadFile(
+            f"has {part}_bytes of type {data.dtype} and shape {data.shape}, instead of uint8 and "
+            "one dimension."
+        )
+    if offsets.dtype.kind not in "iu" or offsets.shape != (n_images + 1,):
+        raise _BadFile(
+            f"has {part}_offsets of type {offsets.dtype} and shape {offsets.shape} for {n_images} "
+            f"labels, instead of integers and {(n_images + 1,)}."
+        )
+    # Compared, not subtracted: unsigned differences wrap around.
+    if offsets[0] < 0 or offsets[-1] > len(data) or (offsets[1:] <= offsets[:-1]).any():
+        raise _BadFile(
+            f"has {part}_offsets that do not increase from 0 or more to at most {len(data)}, the "
+            f"length of {part}_bytes."
+        )
+    return offsets.tolist()
 
 
-def _decode(data, offsets):
+def _decode(data, offsets, image_shape, part):
     """Decode JPEG files that stand one after another."""
     try:
         from PIL import Image
@@ -210,17 +292,28 @@ def _decode(data, offsets):
         raise ImportError(
             "Reading JPEG images requires Pillow. You can install it with `pip install pillow`."
         ) from error
+    n_channels, height, width = image_shape
+    images = np.empty((len(offsets) - 1, height, width, n_channels), dtype=np.uint8)
     data = data.tobytes()
-    return np.stack(
-        [
-            np.asarray(Image.open(io.BytesIO(data[start:stop])).convert("RGB"))
-            for start, stop in pairwise(offsets)
-        ]
-    )
+    for i, (start, stop) in enumerate(pairwise(offsets)):
+        # Pillow raises errors of many types for damaged files.
+        try:
+            image = Image.open(io.BytesIO(data[start:stop]), formats=["JPEG"])
+            # Before it is decoded, which takes memory for every pixel.
+            if image.size != (width, height):
+                raise ValueError(f"its size is {image.size[0]} x {image.size[1]} pixels")
+            image = image.convert("L" if n_channels == 1 else "RGB")
+        except Exception as error:
+            raise _BadFile(
+                f"has a {part} image, number {i}, that is not a JPEG image of {width} x {height} "
+                f"pixels: {error}."
+            ) from error
+        images[i] = np.asarray(image).reshape(height, width, n_channels)
+    return images
 
 
 def _scale_images(images):
-    """Turn uint8 images with the channels last, or without, into what torch takes."""
+    """Convert uint8 images, with channels last or none, to float32 with channels first."""
     if images.ndim == 3:
         images = images[..., None]
     return np.divide(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), 255, dtype=np.float32)
@@ -234,13 +327,13 @@ def _fetch(benchmark, folder):
         )
     except OSError as error:
         raise OSError(
-            f"{benchmark.title} is neither in a file nor could it be loaded: there is no "
-            f"{' or '.join(benchmark.files)} in {folder}, and asking OpenML for "
-            f"{benchmark.openml_name!r} failed with: {error}. Connect to the internet, or put the "
-            f"file there, or pass its folder as data_home. It must hold {FORMAT}."
+            f"{benchmark.title} cannot be loaded: there is no {' or '.join(benchmark.files)} in "
+            f"{folder}, and loading {benchmark.openml_name!r} from OpenML failed with: {error}. "
+            "Connect to the internet, put the file there, or pass its folder as data_home. It must "
+            f"hold {FORMAT}."
         ) from error
     X = _find_planes(np.asarray(data.data), benchmark.image_shape)
-    # SVHN calls the digit 0 10.
+    # SVHN's label of the digit 0 is 10.
     y = np.asarray(data.target).astype(np.float64).astype(np.int64) % 10
     n_train = benchmark.n_train
     return _bunch(
@@ -249,10 +342,10 @@ def _fetch(benchmark, folder):
 
 
 def _find_planes(rows, image_shape):
-    """Shape rows of pixels from 0 to 255 into images in [0, 1] with the channels first.
+    """Reshape vectors of pixels from 0 to 255 to images in [0, 1] with channels first.
 
-    OpenML does not say whether a row holds one channel after the other or all channels of one
-    pixel after the other. In the wrong order a pixel is not like the one below it.
+    OpenML does not document whether a vector holds one channel after the other or the channels of
+    one pixel after the other. In the wrong order, neighbouring pixels differ more.
     """
     n_channels, height, width = image_shape
     rows = np.divide(rows, 255, dtype=np.float32)
