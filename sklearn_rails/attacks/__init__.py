@@ -1,4 +1,4 @@
-"""Attacks on the estimators themselves, by somebody who knows the defence."""
+"""Attacks on the estimators themselves, which take the defence into account."""
 
 from ._adaptive import AdaptiveKNNAttack
 

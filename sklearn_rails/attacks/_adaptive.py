@@ -1,100 +1,120 @@
 """An attack on neighbours and populations, not on the network."""
 
+from __future__ import annotations
+
 import itertools
+from contextlib import contextmanager
+from numbers import Integral, Real
 
 import numpy as np
 import torch
-from sklearn.utils import check_random_state, column_or_1d
-from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from numpy.typing import ArrayLike, NDArray
+from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
+from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from .._validation import validate_rows
+from ..features.device import kept_random_state
 from ..immune.flocking import ClassNeighbors
+from ..immune.maturation import find_domain
+from ..metrics._arrays import check_labels
 from ._views import NeighborsView, PopulationsView, ThreatView, soft_class_scores
 
-# Where the restarts set out from, in turn.
+# Starting points of the restarts, in turn.
 STARTS = ("here", "toward another class", "anywhere", "anywhere", "anywhere")
 
-# References' features that are compared at a time.
+# Bytes of reference features that are compared at a time.
 BLOCK_BYTES = 128 * 2**20
 
 
 class AdaptiveKNNAttack:
-    r"""Attack a DkNN or RAILS classifier itself, by gradients of a soft k-NN margin.
+    r"""Attack a DkNN or RAILS classifier directly, along gradients of a soft k-NN margin.
 
-    Attacks on the bare network say nothing about an attacker who knows the defence. This one
-    differentiates through the layers that the defence looks at. In each of them a class scores
-    the softened nearness of its references,
+    An attack on the network alone does not measure robustness to an attacker who knows the
+    defence. This attack differentiates through the layers that the defence uses. In each layer the
+    score of a class is the soft maximum of the affinities to its references,
 
     .. math:: s_c = \log \sum_{i \in R_c} \exp(A(f(x'), f(r_i)) / T),
 
-    and the attack climbs the sum over the layers of :math:`\max_{c \ne y} s_c - s_y` (in every
-    second pair of restarts of the cross-entropy of the scores) by signed steps in an L-infinity
-    ball. The references are the nearest training rows of each class; for RAILS they are each
-    class's fittest cells of real responses to :math:`x'`, under several seeds. They are renewed
-    every few steps, and constants in between.
+    and the attack maximizes the sum over layers of :math:`\max_{c \ne y} s_c - s_y` (in every
+    second pair of restarts, the cross-entropy of the scores) by signed gradient steps in an
+    L-infinity ball. The references are the nearest training samples of each class; for RAILS, the
+    selected offspring of each class in responses to :math:`x'` under several seeds. They are
+    recomputed every ``refresh`` steps and constant in between.
 
-    Where RAILS arbitrates, an attacker may fool the vote, or the network toward a class that the
-    neighbours do not rule out. Each restart is then made twice, the second time with what the
-    network's logits are behind that of :math:`y` added to the scores. Where RAILS breeds alarms
-    alone (``triage``), the references are the flocked neighbours, which vote on all other rows.
-    With a ``threat_weight`` the attack also keeps away from alarms: it descends that multiple of a
-    softened threat score, for which the same :math:`s_c` are taken in the layers of the threat
-    scorer, and only answers that are wrong and raise no alarm count.
+    With ``arbitration``, an attacker may target the vote, or the network toward a class that the
+    neighbours do not rule out. Each restart is then made twice, the second time with the margins
+    of the network's logits added to the scores. With ``triage``, the references are the
+    neighbours, whose vote decides all samples that are not flagged. With a ``threat_weight`` the
+    attack also avoids being flagged: it subtracts that multiple of a soft threat score, computed
+    from the same :math:`s_c` in the layers of the threat scorer, and only misclassified samples
+    that are not flagged count as a success.
 
     Parameters
     ----------
     estimator : fitted DkNNClassifier or RAILSClassifier
-        What is attacked. With ``DkNNClassifier(n_neighbors=k, calibration="leave-one-out")`` and no
-        network that is the k nearest neighbours of the input itself.
-    X_train : array-like of shape (n_train, n_features) or (n_train, *input_shape)
-        The rows that it was fitted on.
-    y_train : array-like of shape (n_train,)
-        Their classes.
+        The classifier to attack. ``DkNNClassifier(n_neighbors=k, calibration="leave-one-out")``
+        without a network is the k-nearest-neighbours classifier of the input itself. The input must
+        be continuous: a network of integers, such as token ids, has no gradient.
+    X_train : array-like of shape (n_train, n_features) or (n_train, *input_shape), or torch.Tensor
+        The samples that ``estimator`` was fitted on.
+    y_train : array-like of shape (n_train,), or torch.Tensor
+        Their labels.
     eps : float
-        Radius of the ball.
+        Radius of the L-infinity ball, finite.
     step : float, default=None
         Size of a step. None takes an eighth of ``eps``.
     max_iter : int, default=100
-        Steps of each restart.
+        Number of steps of each restart.
     n_restarts : int, default=5
-        Restarts: from the row itself, from the side of the ball that is toward the nearest
-        training row of another class, and then from anywhere in the ball.
+        Number of restarts: from the sample itself, from the point of the ball nearest to the
+        nearest training sample of another class, and then from random points of the ball.
     n_references : int, default=10
-        References of each class in each layer.
+        Number of references of each class in each layer.
     refresh : int, default=10
-        Steps after which references are renewed and success is looked for.
+        Number of steps after which the references are recomputed and success is checked.
     n_seeds : int, default=3
-        Seeds under which RAILS's cells are bred for the attack.
+        Number of seeds under which the attack computes responses of RAILS.
     n_checks : int, default=5
-        Seeds that the attack has not seen, by whose majority it judges whether RAILS is wrong.
+        Number of further seeds, whose majority decides whether RAILS misclassifies a sample.
     threat_weight : float, default=0
         Weight of the threat score of RAILS's ``threat_scorer``, which must be a
-        :class:`~sklearn_rails.ThreatScorer`. 0 ignores alarms. Try several, and count a row as
-        held only if it is under all of them: with too large a weight the attack keeps away from
-        alarms and fools nothing.
-    clip : pair of float or None, default=(0, 1)
-        Bounds of the inputs.
+        :class:`~sklearn_rails.ThreatScorer`. 0 ignores it. Try several weights and take the worst
+        case of each sample: with too large a weight the attack avoids being flagged but fools
+        nothing.
+    clip : "auto", pair of float or None, default="auto"
+        Bounds of the attacked samples, besides the ball.
+
+        - ``"auto"``: the domain of the training samples, as RAILS has it: [0, 1] if all their
+          values are in it, else the range of each feature. A sample outside of the domain is not
+          moved further away from it.
+        - pair: lower and upper bound. All samples must be within them.
+        - None: no bounds.
     random_state : int, RandomState or None, default=None
-        Decides on starts and seeds.
+        Seed of the starting points and of the seeds for RAILS.
     verbose : int, default=0
-        1 shows a progress bar over the rows of all restarts.
+        1 shows a progress bar over the samples of all restarts.
 
     Raises
     ------
     TypeError
-        If the estimator, or its threat scorer, is of another kind.
+        If the estimator, or its threat scorer, is of another kind, or takes integers.
     ValueError
-        If a number is out of range, or the training rows do not fit the estimator.
+        If a parameter is invalid, ``clip`` does not hold the training samples, or these do not fit
+        the estimator.
 
     Notes
     -----
-    A row for which the attack fails may still fall to another one: the accuracy that is left is an
-    upper bound of the robust accuracy. Report, for each row, the worst over all attacks, and see
-    :func:`~sklearn_rails.metrics.robust_accuracy_score`.
+    A sample on which this attack fails may be misclassified under another one: the attacked
+    accuracy is an upper bound of the robust accuracy. Report, for each sample, the worst case over
+    all attacks, see :func:`~sklearn_rails.metrics.robust_accuracy_score`.
+
+    The attack computes gradients also where the caller has disabled them. It changes neither the
+    network nor torch's random state.
 
     References
     ----------
@@ -115,102 +135,140 @@ class AdaptiveKNNAttack:
     >>> dknn = DkNNClassifier(n_neighbors=5, calibration="leave-one-out").fit(X, y)
     >>> attack = AdaptiveKNNAttack(dknn, X, y, eps=0.3, max_iter=20, n_restarts=2, random_state=0)
     >>> X_test, y_test = digits.X_test[:20], digits.y_test[:20]
-    >>> dknn.score(attack.generate(X_test, y_test), y_test) < dknn.score(X_test, y_test)
-    True
+    >>> dknn.score(X_test, y_test), dknn.score(attack.generate(X_test, y_test), y_test)
+    (1.0, 0.0)
     """
+
+    _parameter_constraints = {
+        "eps": [Interval(Real, 0, None, closed="left")],
+        "step": [Interval(Real, 0, None, closed="left"), None],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "n_restarts": [Interval(Integral, 1, None, closed="left")],
+        "n_references": [Interval(Integral, 1, None, closed="left")],
+        "refresh": [Interval(Integral, 1, None, closed="left")],
+        "n_seeds": [Interval(Integral, 1, None, closed="left")],
+        "n_checks": [Interval(Integral, 1, None, closed="left")],
+        "threat_weight": [Interval(Real, 0, None, closed="left")],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
 
     def __init__(
         self,
-        estimator,
-        X_train,
-        y_train,
+        estimator: DkNNClassifier | RAILSClassifier,
+        X_train: ArrayLike | torch.Tensor,
+        y_train: ArrayLike | torch.Tensor,
         *,
-        eps,
-        step=None,
-        max_iter=100,
-        n_restarts=5,
-        n_references=10,
-        refresh=10,
-        n_seeds=3,
-        n_checks=5,
-        threat_weight=0,
-        clip=(0, 1),
-        random_state=None,
-        verbose=0,
-    ):
+        eps: float,
+        step: float | None = None,
+        max_iter: int = 100,
+        n_restarts: int = 5,
+        n_references: int = 10,
+        refresh: int = 10,
+        n_seeds: int = 3,
+        n_checks: int = 5,
+        threat_weight: float = 0,
+        clip: str | tuple[float, float] | None = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
         if not isinstance(estimator, DkNNClassifier | RAILSClassifier):
             raise TypeError(
                 "estimator must be a fitted DkNNClassifier or RAILSClassifier, got "
                 f"{type(estimator).__name__}."
             )
         check_is_fitted(estimator)
-        for name, value, low in (
-            ("eps", eps, 0),
-            ("step", eps if step is None else step, 0),
-            ("max_iter", max_iter, 1),
-            ("n_restarts", n_restarts, 1),
-            ("n_references", n_references, 1),
-            ("refresh", refresh, 1),
-            ("n_seeds", n_seeds, 1),
-            ("n_checks", n_checks, 1),
-            ("threat_weight", threat_weight, 0),
-        ):
-            if not value >= low:
-                raise ValueError(f"{name} must be {low} or more, got {value!r}.")
+        validate_parameter_constraints(
+            self._parameter_constraints,
+            {
+                "eps": eps,
+                "step": step,
+                "max_iter": max_iter,
+                "n_restarts": n_restarts,
+                "n_references": n_references,
+                "refresh": refresh,
+                "n_seeds": n_seeds,
+                "n_checks": n_checks,
+                "threat_weight": threat_weight,
+                "random_state": random_state,
+                "verbose": verbose,
+            },
+            caller_name=type(self).__name__,
+        )
+        if getattr(estimator._features, "integer_input", False):
+            raise TypeError(
+                f"estimator is a {type(estimator).__name__} whose network takes integers; the "
+                "attack needs gradients, and with them a continuous input."
+            )
         self.estimator = estimator
-        self.eps = eps
-        self.step = eps / 8 if step is None else step
-        self.max_iter = max_iter
-        self.n_restarts = n_restarts
-        self.refresh = refresh
+        self.eps = float(eps)
+        self.step = self.eps / 8 if step is None else float(step)
+        self.max_iter = int(max_iter)
+        self.n_restarts = int(n_restarts)
+        self.refresh = int(refresh)
         self.threat_weight = threat_weight
+        # torch takes no integers of numpy.
+        n_references, n_seeds, n_checks = int(n_references), int(n_seeds), int(n_checks)
         self.clip = clip
         self.verbose = verbose
         self._rng = check_random_state(random_state)
         train, labels = self._check(X_train, y_train, "X_train")
         n_classes = len(estimator.classes_)
-        self._train = estimator._features.to_device(train)
-        self._inputs = ClassNeighbors().fit(self._train, labels, n_classes)
-        if isinstance(estimator, RAILSClassifier):
-            self._defence = PopulationsView(estimator, n_references, n_seeds, n_checks, self._rng)
-        else:
-            self._defence = NeighborsView(estimator, train, labels, n_references)
-        self._threat = None
-        if threat_weight > 0:
-            self._threat = ThreatView(estimator, train, labels, n_references)
+        with _gradients(estimator._features.device):
+            self._train = estimator._features.to_device(train)
+            self._domain = self._find_domain()
+            self._check_domain(self._train, "X_train")
+            self._inputs = ClassNeighbors().fit(self._train, labels, n_classes)
+            if isinstance(estimator, RAILSClassifier):
+                self._defence = PopulationsView(
+                    estimator, n_references, n_seeds, n_checks, self._rng
+                )
+            else:
+                self._defence = NeighborsView(estimator, train, labels, n_references)
+            self._threat = None
+            if threat_weight > 0:
+                self._threat = ThreatView(estimator, train, labels, n_references)
 
-    def generate(self, X, y):
-        """Look for wrong answers within the balls around some rows.
+    def generate(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor) -> NDArray:
+        """Search the balls around samples for points that are misclassified.
 
         Parameters
         ----------
         X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            The rows.
-        y : array-like of shape (n,)
-            Their true classes.
+            The samples.
+        y : array-like of shape (n,), or torch.Tensor
+            Their true labels.
 
         Returns
         -------
         ndarray of the shape of ``X``, in the estimator's dtype
-            A point that is answered wrongly (and raises no alarm, with a ``threat_weight``), where
-            one was found; the other rows, and those that are so as they are, come back as they
-            were.
+            A point that is misclassified (and not flagged, with a ``threat_weight``), where one was
+            found. All other samples are returned unchanged, as are those that are misclassified
+            from the start.
 
         Raises
         ------
         ValueError
-            If the rows do not fit the estimator, or there are classes that it does not know.
+            If the samples do not fit the estimator or are outside of a pair ``clip``, or ``y`` has
+            unknown classes.
         """
         rows, labels = self._check(X, y, "X")
-        rows = self.estimator._features.to_device(rows)
-        labels = torch.as_tensor(labels, device=rows.device)
-        found = rows.clone()
+        is_flat = np.ndim(X[0]) < 2 if isinstance(X, list | tuple) else np.ndim(X) < 3
+        shape = (rows.shape[1],) if is_flat else self.estimator.input_shape_
+        with _gradients(self.estimator._features.device):
+            rows = self.estimator._features.to_device(rows)
+            self._check_domain(rows, "X")
+            attacked = self._attack(rows, torch.as_tensor(labels, device=rows.device))
+        return attacked.cpu().numpy().reshape(len(rows), *shape)
+
+    def _attack(self, rows, labels):
+        attacked = rows.clone()
         standing = (~self._is_fooled(rows, labels)).nonzero()[:, 0]
         row_bytes = self._defence.row_bytes(rows[:1])
         if self._threat is not None:
             row_bytes += self._threat.row_bytes(rows[:1])
-        step = max(1, BLOCK_BYTES // row_bytes)
-        # To fool the vote does not take the network, to keep its label standing does.
+        size = max(1, BLOCK_BYTES // row_bytes)
+        # The vote can be fooled without the network, but not a label that the network decides.
         aims = (False, True) if self._defence.has_arbiter else (False,)
         climbs = list(itertools.product(range(self.n_restarts), aims))
         with tqdm(
@@ -218,32 +276,66 @@ class AdaptiveKNNAttack:
         ) as progress:
             for number, (restart, with_network) in enumerate(climbs, start=1):
                 still = []
-                for part in standing.split(step) if len(standing) else ():
-                    point, wrong = self._climb(rows[part], labels[part], restart, with_network)
-                    found[part[wrong]] = point[wrong]
+                for part in standing.split(size) if len(standing) else ():
+                    points, wrong = self._climb(rows[part], labels[part], restart, with_network)
+                    attacked[part[wrong]] = points[wrong]
                     still.append(part[~wrong])
-                    # A row that has fallen needs no more restarts.
+                    # A fooled sample needs no more restarts.
                     n_left = len(climbs) - number
                     progress.update(len(part) + int(wrong.sum()) * n_left)
                 standing = torch.cat(still) if still else standing
-        return found.cpu().numpy().reshape(len(rows), *np.shape(X)[1:])
+        return attacked
 
     def _check(self, X, y, name):
         rows = validate_rows(self.estimator, X)
-        y = column_or_1d(y)
+        y = check_labels(y, "y_train" if name == "X_train" else "y")
         check_consistent_length(rows, y)
-        unknown = np.setdiff1d(y, self.estimator.classes_)
-        if len(unknown):
-            raise ValueError(f"{name} comes with classes that the estimator has not: {unknown}.")
-        return rows, np.searchsorted(self.estimator.classes_, y)
+        classes = self.estimator.classes_
+        known = np.isin(y, check_labels(classes, "classes_"))
+        if not known.all():
+            raise ValueError(
+                f"{name} comes with classes that the estimator does not know: "
+                f"{np.unique(y[~known])}."
+            )
+        return rows, np.searchsorted(check_labels(classes, "classes_"), y)
+
+    def _find_domain(self):
+        """Return the lower and the upper bound of the features, or None."""
+        if self.clip is None:
+            return None
+        if isinstance(self.clip, str) and self.clip == "auto":
+            domain = find_domain(self._train, "auto")
+            bounds = domain.low, domain.high
+        else:
+            try:
+                bounds = np.asarray(self.clip, dtype=np.float64)
+            except (TypeError, ValueError):
+                bounds = np.empty(0)
+            if bounds.shape != (2,) or not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
+                raise ValueError(
+                    f"clip={self.clip!r} must be 'auto', None or a pair (low, high) of finite "
+                    "numbers, low < high."
+                )
+        return [torch.as_tensor(b, device=self._train.device).to(self._train) for b in bounds]
+
+    def _check_domain(self, rows, name):
+        if self.clip is None or isinstance(self.clip, str):
+            return
+        low, high = self._domain
+        if (rows < low).any() or (rows > high).any():
+            raise ValueError(
+                f"clip={self.clip!r} does not hold {name}, whose values are from {rows.min():g} to "
+                f"{rows.max():g}. Use clip='auto' for the domain of X_train."
+            )
 
     def _is_fooled(self, points, labels):
         wrong = self._defence.predict(points) != labels
         return wrong if self._threat is None else wrong & ~self._threat.is_alarm(points)
 
     def _climb(self, rows, labels, restart, with_network):
-        """Climb the margin from one start; give the last points and whether they are wrong."""
-        points = self._into_ball(self._start(rows, labels, restart), rows)
+        """Maximize the margin from one start; return the last points and which are wrong."""
+        low, high = self._bounds(rows)
+        points = self._start(rows, labels, restart).clamp(low, high)
         wrong = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         left = torch.arange(len(rows), device=rows.device)
         scales = self._defence.scales(rows)
@@ -270,7 +362,8 @@ class AdaptiveKNNAttack:
             gradient = self._slope(
                 points[left], labels[left], soft_scores, threat, restart, with_network
             )
-            points[left] = self._into_ball(points[left] + self.step * gradient.sign(), rows[left])
+            moved = points[left] + self.step * gradient.sign()
+            points[left] = moved.clamp(low[left], high[left])
         return points, wrong
 
     def _start(self, rows, labels, restart):
@@ -286,9 +379,19 @@ class AdaptiveKNNAttack:
         # The whole way: the ball cuts it short.
         return self._train[index[..., 0].gather(1, nearest[:, None])[:, 0]]
 
-    def _into_ball(self, points, rows):
-        points = points.clamp(rows - self.eps, rows + self.eps)
-        return points if self.clip is None else points.clamp(*self.clip)
+    def _bounds(self, rows):
+        """Return the bounds of the points around some samples: the ball and the domain."""
+        low, high = rows - self.eps, rows + self.eps
+        # Rounding must not carry a bound out of the ball.
+        low = torch.where(rows - low > self.eps, low.nextafter(rows), low)
+        high = torch.where(high - rows > self.eps, high.nextafter(rows), high)
+        if self._domain is None:
+            return low, high
+        # A sample that is outside of the domain itself stays within its ball.
+        return (
+            torch.maximum(low, torch.minimum(rows, self._domain[0])),
+            torch.minimum(high, torch.maximum(rows, self._domain[1])),
+        )
 
     def _slope(self, points, labels, soft_scores, threat, restart, with_network):
         points = points.detach().requires_grad_()
@@ -297,7 +400,7 @@ class AdaptiveKNNAttack:
         behind = 0
         if with_network:
             logits = self._defence.logits(points)
-            # An attacker has no use for more of a lead than it takes to fool the network.
+            # A larger margin than it takes to fool the network is of no use.
             behind = (logits - logits[own][:, None]).clamp(max=0)
         for layer, features in self._defence.features(points).items():
             scores = soft_scores[layer](features) + behind
@@ -308,4 +411,20 @@ class AdaptiveKNNAttack:
             total = total + (others - scores[own]).sum()
         if threat is not None:
             total = total - self.threat_weight * threat(points).sum()
-        return torch.autograd.grad(total, points)[0]
+        gradient = None
+        if total.requires_grad:
+            (gradient,) = torch.autograd.grad(total, points, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "estimator cannot be attacked by gradients: its network detaches the layers "
+                f"{list(soft_scores)} from the input."
+            )
+        # A class without references has no gradient.
+        return gradient.nan_to_num()
+
+
+@contextmanager
+def _gradients(device):
+    """Enable gradients, and preserve torch's random state, which the network may use."""
+    with torch.inference_mode(False), torch.enable_grad(), kept_random_state(device):
+        yield
