@@ -1,4 +1,4 @@
-"""What an attacker sees of a defence: its layers, its references, its answers."""
+"""What the attack uses of a defence: its layers, references and predictions."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from ..immune.sensing import soft_labels
 
 
 def soft_class_scores(affinity, members, there, origin, scale):
-    """Give a function from features to the classes' softened nearness.
+    """Make a function from features to soft class scores.
 
     Parameters
     ----------
@@ -22,11 +22,11 @@ def soft_class_scores(affinity, members, there, origin, scale):
     members : torch.Tensor of shape (n, n_classes, n_members, n_features)
         Constant references.
     there : torch.Tensor of shape (n, n_classes, n_members)
-        Which of them count.
+        Which of them exist.
     origin : torch.Tensor of shape (n, n_features)
         Features near those that will be scored.
     scale : float
-        What affinities are divided by.
+        Temperature: affinities are divided by it.
 
     Returns
     -------
@@ -43,7 +43,7 @@ def soft_class_scores(affinity, members, there, origin, scale):
 
 
 def nearness_to(affinity, members, origin):
-    """Give a function that compares features with constant references, and reads these only once.
+    """Make a function that compares features with constant references, read only once.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def nearness_to(affinity, members, origin):
         From a tensor of shape (n, n_features) to the affinities (n, n_members).
     """
     if affinity == "euclidean":
-        # Seen from there, small distances are not lost to rounding.
+        # Relative to the origin, small distances are not lost to rounding.
         moved = members - origin[:, None]
         squares = moved.square().sum(dim=2)
 
@@ -75,7 +75,7 @@ def nearness_to(affinity, members, origin):
 
 
 class _References:
-    """The nearest of each class's training rows, in some layers."""
+    """The nearest training samples of each class, in some layers."""
 
     def __init__(self, features, train, labels, n_classes, n_references, affinity="euclidean"):
         self._features = features
@@ -93,11 +93,11 @@ class _References:
         return widest * self._n_references * self._n_classes
 
     def near(self, rows):
-        """Give the references in each layer, and which of them are there."""
+        """Return the references in each layer, and which of them exist."""
         return self.near_with_scales(rows)[0]
 
     def scales(self, rows):
-        """Give a third of the median distance of the k-th neighbour, in each layer."""
+        """Return a third of the median distance of the k-th neighbour, in each layer."""
         return self.near_with_scales(rows)[1]
 
     def near_with_scales(self, rows):
@@ -110,7 +110,7 @@ class _References:
 
 
 class NeighborsView:
-    """A DkNN classifier as the attack sees it: neighbours among fixed rows."""
+    """A DkNN classifier as the attack sees it: neighbours among fixed samples."""
 
     affinity = "euclidean"
     has_arbiter = False
@@ -127,7 +127,7 @@ class NeighborsView:
         return _positions(self._estimator, self._estimator.predict(rows), rows)
 
     def respond(self, rows):
-        """Give the references in each layer, and which of them are there, and the answers."""
+        """Return the references in each layer, which of them exist, and the predictions."""
         return self._references.near(rows), self.predict(rows)
 
 
@@ -159,7 +159,7 @@ class ThreatView:
         return torch.from_numpy(self._scorer.predict(points) == -1).to(points.device)
 
     def soften(self, points):
-        """Give a threat score that is differentiable near some points."""
+        """Make a threat score that is differentiable near some points."""
         features, layers = self._scorer._features, self._scorer.layers_
         with torch.no_grad():
             here = features.with_gradient(points)
@@ -196,15 +196,15 @@ class ThreatView:
         features = self._scorer._features
         moved = []
         for squeezed in sensor.squeeze(points.detach()):
-            # Rounding has no slope of its own; it passes for the identity (Athalye et al. 2018).
+            # Rounding has no useful gradient: use that of the identity (Athalye et al. 2018).
             squeezed = points + (features.to_device(squeezed) - points).detach()
             outputs = features.with_gradient(squeezed, (features.output,))[features.output]
             moved.append((soft_labels(outputs) - shares).abs().sum(dim=1))
         return torch.stack(moved).amax(dim=0)
 
 
-# The neighbours that a method of ThreatScorer looks at; distances of normalised features go with
-# their cosines.
+# The affinity of the neighbours that a method of ThreatScorer uses; normalised features' distances
+# are ordered by their cosines.
 _AFFINITY_OF = {
     "credibility": "euclidean",
     "disagreement": "euclidean",
@@ -215,7 +215,7 @@ _AFFINITY_OF = {
 
 
 def _soft_threat(method, scores, shares):
-    """Soften the threat that neighbours' classes speak of; scores are those of the classes."""
+    """Compute a soft version of a neighbour-based threat score from the soft class scores."""
     best, every = scores.amax(dim=1), torch.logsumexp(scores, dim=1)
     if method == "credibility":
         return every - best
@@ -227,7 +227,7 @@ def _soft_threat(method, scores, shares):
 
 
 class PopulationsView:
-    """A RAILS classifier as the attack sees it: cells that are bred anew at every point."""
+    """A RAILS classifier as the attack sees it: a new population for every point."""
 
     def __init__(self, estimator, n_references, n_seeds, n_checks, rng):
         self._estimator = estimator
@@ -243,7 +243,7 @@ class PopulationsView:
         self.features = estimator._features.with_gradient
 
     def logits(self, points):
-        """Give the network's outputs, one for each class."""
+        """Return the network's outputs, one for each class."""
         output = self._estimator._features.output
         outputs = self.features(points, (output,))[output]
         # A single output is the logit of the second of two classes.
@@ -254,12 +254,12 @@ class PopulationsView:
         return widest * self._n_cells * len(self._known) * len(self._estimator.classes_)
 
     def predict(self, rows):
-        """Give the majority's answers, of seeds that the attack does not see."""
+        """Return the majority prediction under seeds that the attack does not use otherwise."""
         answers = [_positions(rails, rails.predict(rows), rows) for rails in self._unseen]
         return torch.stack(answers).mode(dim=0).values
 
     def respond(self, rows):
-        """Give the references in each layer, and which of them are there, and the answers."""
+        """Return the references in each layer, which of them exist, and the predictions."""
         if self._estimator.triage:
             return self._flocked(rows), _positions(
                 self._estimator, self._estimator.predict(rows), rows
@@ -291,7 +291,7 @@ class PopulationsView:
         return joined, answers
 
     def _flocked(self, rows):
-        """Give the neighbours that vote on rows which raise no alarm, with ``triage``."""
+        """Return the neighbours that vote on samples that are not flagged, with ``triage``."""
         rails, flocked = self._estimator, {}
         for layer, features in rails._features(rows).items():
             index = rails._flock(features, layer)[1][..., : self._n_references]
@@ -301,7 +301,7 @@ class PopulationsView:
         return flocked
 
     def _best(self, population, neighbors, layer):
-        """Give each class's fittest cells' features, or its neighbours' where it died out."""
+        """Return the features of each class's best cells, or of its neighbours if it died out."""
         rails, k = self._estimator, self._n_cells
         n_rows, n_classes, _ = neighbors.shape
         classes = torch.arange(n_classes, device=neighbors.device)[:, None]
@@ -321,7 +321,7 @@ class PopulationsView:
         return features.reshape(n_rows, n_classes, -1, features.shape[1]), there
 
     def scales(self, rows):
-        """Give a third of the median distance of the k-th neighbour, in each layer."""
+        """Return a third of the median distance of the k-th neighbour, in each layer."""
         return {
             layer: _scale_of(self._estimator._flock(features, layer)[0], self._n_references)
             for layer, features in self._estimator._features(rows).items()
