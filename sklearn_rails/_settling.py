@@ -1,18 +1,19 @@
 """Rows that RAILS answers without breeding: by the network's label, or by flocking alone."""
 
-import math
-import warnings
+import reprlib
 
 import numpy as np
 import torch
 from sklearn.utils import gen_batches
 from sklearn.utils.validation import check_is_fitted
 
-from .immune.conformity import conformal_p_values, disagreement
+from ._conformal import conformal_p_values, sample_rows, warn_of_few_rows
+from .immune.conformity import disagreement
 from .immune.consensus import count_votes, fittest, n_elite, tie_break
 from .immune.flocking import flock_without_own
 
-# Rows whose features are computed together, where they need no population.
+# Rows whose features are computed together, at most, where they need no population. Fewer where
+# their features are many.
 FIT_ROWS = 1024
 
 # Training rows by which the network's labels are judged: enough for a rate of 5 % to be met within
@@ -31,8 +32,9 @@ class SettlesRows:
                 "threat_scorer_",
                 msg="threat_scorer was None when %(name)s was fitted: fit it again.",
             )
-            scores = [self._count_flock(rows[part]) for part in gen_batches(len(rows), FIT_ROWS)]
-            return np.concatenate(scores), self.threat_scorer_.predict(X) == -1, None
+            alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
+            scores = [self._count_flock(rows[part]) for part in self._small_blocks(len(rows))]
+            return np.concatenate(scores), alarms, None
         scores, p_values = self._arbitrate(rows)
         return scores, p_values <= self.arbitration, p_values
 
@@ -57,8 +59,8 @@ class SettlesRows:
         )
         n_plasma = n_elite(self.plasma_fraction, self.population_size)
         scores, p_values = [], []
-        for rows in gen_batches(len(X), FIT_ROWS):
-            labels = self._features.predict(X[rows])
+        for rows in self._small_blocks(len(X)):
+            labels = self._network_labels(X[rows])
             votes = len(self.layers_) * count_votes(
                 labels[:, None].expand(-1, n_plasma), len(self.classes_)
             )
@@ -84,26 +86,36 @@ class SettlesRows:
             )
 
     def _judge_training_rows(self, X):
-        own = spread_rows(X, CALIBRATION_ROWS)
-        if self.arbitration * (len(own) + 1) < 1:
-            warnings.warn(
-                f"arbitration={self.arbitration} needs {math.ceil(1 / self.arbitration) - 1} rows "
-                f"to judge by, but there are {len(own)}: all labels of the network will stand. "
-                "Take a larger value, or more training rows (1,000 are used at most).",
-                stacklevel=6,
-            )
-        rows = X[own.tolist()]
-        labels, against = self._features.predict(rows), 0
-        for layer, features in self._features(rows).items():
+        own = sample_rows(len(X), CALIBRATION_ROWS, self.seed_)
+        warn_of_few_rows(
+            "arbitration",
+            self.arbitration,
+            len(own),
+            f"rows to judge by, but there are {len(own)}: all labels of the network will stand. "
+            "Take a larger value, or more training rows (1,000 are used at most).",
+        )
+        parts = [
+            self._disagreement_without_own(X, own[block]) for block in self._small_blocks(len(own))
+        ]
+        return np.sort(np.concatenate(parts))
+
+    def _disagreement_without_own(self, X, own):
+        """Score the network's labels of training rows, each left out of its own neighbours."""
+        labels, against = self._network_labels(X[own]), 0
+        for layer, features in self._features(X[own]).items():
             flocked = flock_without_own(
                 self.neighbors_[layer],
-                own.to(self.device_),
+                torch.from_numpy(own).to(self.device_),
                 features,
                 self.n_neighbors,
                 self._recall(layer),
             )
             against = against + disagreement(flocked, labels) / self.tau_[layer]
-        return np.sort(against.cpu().numpy())
+        return against.cpu().numpy()
+
+    def _small_blocks(self, n_samples):
+        size = min(FIT_ROWS, self._features.row_blocks(n_samples)[0].stop)
+        return gen_batches(n_samples, size)
 
     def _check_outputs(self, X):
         """Complain where the network has no answers that could be put to the vote."""
@@ -114,20 +126,96 @@ class SettlesRows:
             )
         self._features.check_outputs(X, len(self.classes_), f"arbitration={self.arbitration}")
 
+    def _network_labels(self, X):
+        """Return the network's labels; with one class, both of a single output are that class."""
+        return self._features.predict(X).clamp(max=len(self.classes_) - 1)
 
-def spread_rows(X, n_rows):
-    """Give positions of some rows, from all over.
+
+def spread_rows(X, n_rows, seed=0):
+    """Draw positions of some rows at random.
 
     Parameters
     ----------
     X : ndarray or torch.Tensor
     n_rows : int
+    seed : int, default=0
 
     Returns
     -------
-    torch.Tensor of shape (min(n_rows, len(X)),) at most, int64
+    torch.Tensor of shape (min(n_rows, len(X)),), int64
     """
-    return torch.linspace(0, len(X) - 1, min(n_rows, len(X))).long().unique()
+    return torch.from_numpy(sample_rows(len(X), n_rows, seed))
+
+
+def check_alarms(predictions, n_samples):
+    """Check what a threat scorer's ``predict`` returned.
+
+    Parameters
+    ----------
+    predictions : array-like of shape (n_samples,)
+        -1 for an alarm, else 1.
+    n_samples : int
+
+    Returns
+    -------
+    ndarray of shape (n_samples,), bool
+        True for an alarm.
+
+    Raises
+    ------
+    ValueError
+        If the predictions are anything else.
+    """
+    alarms = _as_numbers(predictions)
+    if alarms.shape != (n_samples,) or not ((alarms == -1) | (alarms == 1)).all():
+        raise ValueError(
+            f"threat_scorer: predict must return -1 (an alarm) or 1 for each of the {n_samples} "
+            f"samples, got {_describe(predictions, alarms)}."
+        )
+    return alarms == -1
+
+
+def check_threat_scores(scores, n_samples):
+    """Check what a threat scorer's ``score_samples`` returned.
+
+    Parameters
+    ----------
+    scores : array-like of shape (n_samples,)
+    n_samples : int
+
+    Returns
+    -------
+    ndarray of shape (n_samples,), float64
+
+    Raises
+    ------
+    ValueError
+        If the scores are anything else, or NaN.
+    """
+    numbers = _as_numbers(scores)
+    if numbers.shape != (n_samples,) or np.isnan(numbers).any():
+        raise ValueError(
+            f"threat_scorer: score_samples must return a number, not NaN, for each of the "
+            f"{n_samples} samples, got {_describe(scores, numbers)}."
+        )
+    return numbers
+
+
+def _as_numbers(values):
+    """Return float64, without dimensions where the values are not an array of numbers."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):  # lists of unequal lengths
+        return np.array(np.nan)
+    return array.astype(np.float64) if array.dtype.kind in "iuf" else np.array(np.nan)
+
+
+def _describe(values, numbers):
+    if numbers.ndim == 0:
+        return reprlib.repr(values)
+    return f"shape {numbers.shape} with values {np.unique(numbers)[:4].tolist()}"
 
 
 def shares_of(scores):

@@ -1,25 +1,32 @@
 """Threat scores as an outlier detector and a transformer."""
 
-import math
-import warnings
 from numbers import Integral, Real
+from typing import Self
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from sklearn.base import OneToOneFeatureMixin, OutlierMixin, TransformerMixin
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_is_fitted
 
 from ._compat import Interval, StrOptions, fit_context
+from ._conformal import (
+    MAX_EVIDENCE,
+    ConformalScale,
+    conformal_threshold,
+    sample_rows,
+    warn_of_few_rows,
+)
 from ._validation import all_or_nothing, validate_fit_rows, validate_rows
 from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
-from .immune.conformity import ConformalScale
 from .immune.sensing import ABOUT_ANSWERS, ABOUT_LABELS, SENSORS, CleanRows, NewRows
 
 # Rows that calibrate, each left out of its own neighbours: enough for a false-alarm rate of 5 %
 # to be met within a third of a point (one standard deviation).
 MAX_CALIBRATION_ROWS = 5000
 
-# Rows that are judged together.
+# Samples that are scored together, at most. Fewer where their features are many.
 BLOCK_ROWS = 1024
 
 
@@ -56,12 +63,15 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
           rounded (to one bit for grey images, five for others) or, if it is an image, smoothed by
           a median filter, not layer by layer [7]_.
     alpha : float, default=0.05
-        False-alarm rate on clean data.
+        Maximum false-alarm rate on clean data (see Notes). Its decimal text counts: 0.07 is
+        exactly 7 of 100.
     output : {"scores", "passthrough"}, default="scores"
         What ``transform`` gives: the threat scores, or X unchanged, so that the scorer can stand
         before a classifier in a pipeline.
     n_neighbors : int, default=50
-        Neighbours in each layer (k). Clipped where there are fewer training rows.
+        Neighbours in each layer (k). Clipped to half of the other training rows: a row of
+        ``fit`` has one row fewer to be near, and the more of them are neighbours, the more its
+        scores differ from those of a new row.
     input_shape : tuple of int, default=None
         Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
         shape.
@@ -105,9 +115,16 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
     Notes
     -----
     The alarm rate on clean data is at most ``alpha`` if they are like the rows of ``fit``, but for
-    one row more or less among the neighbours: a clean row is scored without itself. A network's
-    features of the rows it was trained on are not like others: fit the scorer on clean rows that
-    the network has not seen, where there are enough of them.
+    one row more or less among the neighbours: a clean row is scored without itself. So validity is
+    approximate, but for ``"feature_squeezing"``. A rate holds on average over the rows of ``fit``:
+    that of a single fitted scorer varies about it with a standard deviation of
+    sqrt(alpha (1 - alpha) / ``n_calibration_``) or so. A network's features of the rows it was
+    trained on are not like others: fit the scorer on clean rows that the network has not seen,
+    where there are enough of them.
+
+    A sample is always flagged, even if ``alpha`` is too small for any other alarm, where the
+    network gives NaN or infinity, or where a method's score is NaN, or infinite in a way that no
+    calibration row's was. Its threat is 1,000,000 or more, and finite.
 
     References
     ----------
@@ -177,7 +194,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
 
     @all_or_nothing
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
+    def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor | None = None) -> Self:
         """Learn what clean rows look like.
 
         Parameters
@@ -209,23 +226,46 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         self._features = feature_map(self, self.feature_extractor)
         self._features.probe(X)
         self.layers_ = self._features.layers
-        self.n_neighbors_ = min(self.n_neighbors, len(X) - 1)
-        self._check_network()
+        # With more, a row that is scored without itself would have others' neighbours all alike.
+        self.n_neighbors_ = min(int(self.n_neighbors), max(1, (len(X) - 1) // 2))
+        self._check_network(X)
 
-        labels, n_classes = self._find_classes(X, y)
+        labels, self._n_classes = self._find_classes(X, y)
         features = self._features(X)
-        clean = CleanRows(X, features, labels, n_classes, self.n_neighbors_, self._features)
+        clean = CleanRows(X, features, labels, self._n_classes, self.n_neighbors_, self._features)
         self._sensors = [SENSORS[method](clean) for method in self.methods_]
         rng = check_random_state(self.random_state)
-        own = rng.permutation(len(X))[:MAX_CALIBRATION_ROWS]
-        blocks = (
-            NewRows(X[places], {k: f[places] for k, f in features.items()}, self._features, places)
-            for places in (own[part] for part in gen_batches(len(own), BLOCK_ROWS))
-        )
-        self._calibrate(self._sense(blocks))
+        own = sample_rows(len(X), MAX_CALIBRATION_ROWS, rng)
+        parts = []
+        for block in self._blocks(len(own)):
+            rows = own[block]
+            here = {layer: f[rows] for layer, f in features.items()}
+            parts.append(self._sense(X[rows], here, self._outputs(X[rows]), rows))
+        self._calibrate(_concatenate(parts), rng)
+        self._passes_through = self.output == "passthrough"
         return self
 
-    def transform(self, X):
+    def fit_predict(
+        self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor | None = None
+    ) -> np.ndarray:
+        """Fit to clean data, and flag samples of it as if they were new.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Clean inputs, finite.
+        y : array-like of shape (n,), default=None
+            Their classes, as :meth:`fit` takes them.
+
+        Returns
+        -------
+        ndarray of shape (n,), int64
+            ``fit(X, y).predict(X)``: -1 for an alarm, else 1. The samples are among their own
+            neighbours, so there are fewer alarms than on new clean data.
+        """
+        return self.fit(X, y).predict(X)
+
+    def transform(self, X: ArrayLike | torch.Tensor) -> ArrayLike | torch.Tensor:
         """Give the threat scores, or X unchanged.
 
         Parameters
@@ -241,9 +281,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         """
         check_is_fitted(self)
         rows = validate_rows(self, X)
-        return X if self.output == "passthrough" else self._weigh(rows)
+        return X if self._passes_through else self._weigh(rows)
 
-    def get_feature_names_out(self, input_features=None):
+    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> np.ndarray:
         """Name the columns of ``transform``.
 
         Parameters
@@ -257,11 +297,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             ``"threat_<method>"``, or the inputs' names.
         """
         check_is_fitted(self)
-        if self.output == "passthrough":
+        if self._passes_through:
             return OneToOneFeatureMixin.get_feature_names_out(self, input_features)
         return np.array([f"threat_{method}" for method in self.methods_], dtype=object)
 
-    def score_samples(self, X):
+    def score_samples(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Give minus the threat, summed over the methods.
 
         Parameters
@@ -277,7 +317,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         check_is_fitted(self)
         return -self._weigh(validate_rows(self, X)).sum(axis=1)
 
-    def decision_function(self, X):
+    def decision_function(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Give the distance from an alarm.
 
         Parameters
@@ -292,7 +332,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         """
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X):
+    def predict(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Raise alarms.
 
         Parameters
@@ -317,7 +357,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             )
         return methods
 
-    def _check_network(self):
+    def _check_network(self, X):
         about = [m for m in self.methods_ if m in ABOUT_ANSWERS]
         if about and not self._features.has_network:
             raise ValueError(
@@ -327,8 +367,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         if "lid" in self.methods_ and self.n_neighbors_ < 2:
             raise ValueError(
                 f"method={self.method!r}: 'lid' compares distances of neighbours and needs 2 or "
-                f"more, but n_neighbors={self.n_neighbors} and there are {self.n_neighbors_ + 1} "
-                "rows."
+                f"more, but n_neighbors={self.n_neighbors} and there are {len(X)} rows, of which "
+                "half are neighbours at most."
             )
 
     def _find_classes(self, X, y):
@@ -342,17 +382,47 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         n_outputs = self._features.outputs(X[:1]).shape[1]
         return self._features.predict(X).cpu().numpy(), max(n_outputs, 2)
 
-    def _sense(self, blocks):
-        """Give every method's raw scores of blocks of rows: a list of arrays (n, n_scores)."""
-        scores = [[sensor(rows) for sensor in self._sensors] for rows in blocks]
-        return [np.concatenate(parts) for parts in zip(*scores, strict=True)]
+    def _blocks(self, n_samples):
+        size = min(BLOCK_ROWS, self._features.row_blocks(n_samples)[0].stop)
+        return gen_batches(n_samples, size)
+
+    def _outputs(self, X, *, check_finite=True):
+        """Return the network's outputs, or None if no method is about them."""
+        about_outputs = set(self.methods_) & {*ABOUT_LABELS, *ABOUT_ANSWERS}
+        if not about_outputs or not self._features.has_network:
+            return None
+        return self._features.outputs(X, check_finite=check_finite)
+
+    def _sense(self, X, features, outputs, own=None):
+        """Return every method's raw scores: a list of arrays (n, n_scores)."""
+        rows = NewRows(X, features, self._features, own)
+        if outputs is not None:
+            rows.outputs = outputs
+            # With one class, both labels of a single output are that class.
+            rows.labels = self._features.label(outputs).clamp(max=self._n_classes - 1)
+        return [sensor(rows) for sensor in self._sensors]
+
+    def _sense_new(self, X):
+        """Return every method's raw scores, NaN where the network gives NaN or infinity."""
+        features = self._features(X, check_finite=False)
+        outputs = self._outputs(X, check_finite=False)
+        finite = torch.ones(len(X), dtype=torch.bool, device=self._features.device)
+        for values in (*features.values(), *(() if outputs is None else (outputs,))):
+            finite &= torch.isfinite(values).all(dim=1)
+        if finite.all():
+            return self._sense(X, features, outputs)
+        scores = [np.full((len(X), len(scales)), np.nan) for scales in self._scales]
+        if finite.any():
+            kept = finite.nonzero()[:, 0].cpu().numpy()
+            features = {layer: f[kept] for layer, f in features.items()}
+            outputs = None if outputs is None else outputs[kept]
+            for raw, of_kept in zip(scores, self._sense(X[kept], features, outputs), strict=True):
+                raw[kept] = of_kept
+        return scores
 
     def _weigh(self, X):
-        blocks = (
-            NewRows(rows, self._features(rows), self._features)
-            for rows in (X[part] for part in gen_batches(len(X), BLOCK_ROWS))
-        )
-        return self._evidence(self._sense(blocks))
+        parts = [self._sense_new(X[block]) for block in self._blocks(len(X))]
+        return self._evidence(_concatenate(parts))
 
     def _evidence(self, scores):
         columns = [
@@ -361,25 +431,34 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         ]
         return np.stack(columns, axis=1)
 
-    def _calibrate(self, scores):
+    def _calibrate(self, scores, rng):
         """Set the scales and the threshold on the scores of clean rows."""
+        for method, raw in zip(self.methods_, scores, strict=True):
+            if np.isnan(raw).all(axis=0).any():
+                raise ValueError(
+                    f"method={self.method!r}: all scores of {method!r} are NaN for the rows of X. "
+                    "Scale X, or use dtype='float64' or another method."
+                )
         n_rows = len(scores[0])
-        for_scales = for_threshold = slice(None)
+        for_scales = for_threshold = np.arange(n_rows)
         if sum(raw.shape[1] for raw in scores) > 1:
             # Added up, p-values are no p-value: the sum is judged by rows that did not scale it.
-            for_scales, for_threshold = slice(None, n_rows // 2), slice(n_rows // 2, None)
+            for_scales = sample_rows(n_rows, n_rows // 2, rng)
+            for_threshold = np.setdiff1d(for_threshold, for_scales)
         self._scales = [[ConformalScale(c) for c in raw[for_scales].T] for raw in scores]
         threat = self._evidence([raw[for_threshold] for raw in scores]).sum(axis=1)
         self.n_calibration_ = len(threat)
-        # The p-value (1 + clean rows at least as suspect) / (1 + clean rows) is to be <= alpha.
-        n_above = math.floor(self.alpha * (len(threat) + 1)) - 1
-        if n_above < 0:
-            warnings.warn(
-                f"alpha={self.alpha} needs {math.ceil(1 / self.alpha) - 1} calibration rows, but "
-                f"there are {len(threat)}: no alarm will be raised. Give more rows or a larger "
-                "alpha.",
-                stacklevel=5,
-            )
-            self.offset_ = -np.inf
-        else:
-            self.offset_ = -np.sort(threat)[::-1][n_above]
+        warn_of_few_rows(
+            "alpha",
+            self.alpha,
+            len(threat),
+            f"calibration rows, but there are {len(threat)}: no alarm will be raised. Give more "
+            "rows or a larger alpha.",
+        )
+        # What cannot be compared is always flagged, and all else never if alpha is too small.
+        self.offset_ = -min(conformal_threshold(threat, self.alpha), MAX_EVIDENCE / 2)
+
+
+def _concatenate(parts):
+    """Join the raw scores of blocks, method by method."""
+    return [np.concatenate(of_method) for of_method in zip(*parts, strict=True)]

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import nn
 
 from sklearn_rails import DkNNClassifier
-from sklearn_rails._dknn import split_by_class
+from sklearn_rails._conformal import sample_rows
+from sklearn_rails.features.mapping import FeatureMap
 
 # On a line: three a, then b, then three c.
 X_LINE = np.array([[0.0], [1.0], [2.0], [4.0], [8.0], [9.0], [10.0]])
@@ -93,9 +95,9 @@ def test_calibrating_against_all_others_by_hand():
 def test_calibration_rows_are_never_neighbours(digits):
     X, y = digits
     dknn = DkNNClassifier(n_neighbors=5, calibration=0.3, random_state=0).fit(X[:300], y[:300])
-    kept, held_out = split_by_class(y[:300], 0.3, 0)
-    assert len(kept) + len(held_out) == 300
-    assert dknn.n_calibration_ == len(held_out)
+    held_out = sample_rows(300, 90, np.random.RandomState(0))
+    kept = np.setdiff1d(np.arange(300), held_out)
+    assert dknn.n_calibration_ == 90
     vote = KNeighborsClassifier(5).fit(X[kept], y[:300][kept])
     shares = vote.predict_proba(X[300:400])
     # The tie-breaking half vote aside, the shares are those of plain neighbours.
@@ -104,15 +106,106 @@ def test_calibration_rows_are_never_neighbours(digits):
     )
 
 
-def test_no_class_loses_its_last_row():
-    y = np.array([0] * 30 + [1] * 2 + [2])
-    for share in (0.01, 0.1, 0.5, 0.99):
-        kept, held_out = split_by_class(y, share, 0)
-        assert set(y[kept]) == {0, 1, 2}
-        assert len(held_out) == len(set(held_out)) > 0
-        assert abs((y[held_out] == 0).sum() - np.clip(share * 30, 1, 29)) <= 1
-    with pytest.raises(ValueError, match="calibration=0.1 needs a class with 2 training rows"):
-        DkNNClassifier().fit(np.eye(3), [0, 1, 2])
+@pytest.mark.parametrize(
+    ("share", "n_held_out"),
+    [(0.01, 1), (0.1, 3), (np.float32(0.1), 3), (np.float16(0.5), 16), (0.999, 32)],
+)
+def test_a_share_holds_out_a_plain_random_sample_but_never_all(share, n_held_out):
+    X, y = np.arange(33.0)[:, None], np.array([0] * 30 + [1] * 2 + [2])
+    held_out = []
+    for seed in range(200):
+        dknn = DkNNClassifier(n_neighbors=1, calibration=share, random_state=seed).fit(X, y)
+        assert dknn.n_calibration_ == n_held_out
+        # A sample that is its own nearest neighbour was not held out.
+        held_out.append(dknn._neighbors["input"].kneighbors(torch.from_numpy(X).float(), 1)[0])
+    rate = (torch.stack(held_out)[:, :, 0, 0] < 0).double().mean(dim=0).numpy()
+    # Every sample as likely as any other, whatever its class: five standard deviations.
+    expected = n_held_out / 33
+    assert (abs(rate - expected) < 5 * np.sqrt(expected * (1 - expected) / 200) + 1e-12).all()
+
+
+def test_a_class_without_neighbours_is_known_but_never_predicted():
+    X, y = np.arange(12.0)[:, None], np.array(["a"] * 6 + ["b"] * 5 + ["c"])
+    lost = 0
+    for seed in range(20):
+        dknn = DkNNClassifier(n_neighbors=2, calibration=0.5, random_state=seed).fit(X, y)
+        assert_array_equal(dknn.classes_, ["a", "b", "c"])
+        p_values, proba = dknn.p_values(X), dknn.predict_proba(X)
+        assert p_values.shape == proba.shape == (12, 3)
+        assert_allclose(proba.sum(axis=1), 1)
+        if 2 not in dknn._labels:
+            lost += 1
+            assert_array_equal(proba[:, 2], 0)
+            assert "c" not in dknn.predict(X)
+            # The sample of class c calibrates with the largest nonconformity, 2 neighbours.
+            assert dknn._calibration[-1] == 2
+            assert (p_values[:, 2] >= 2 / 7).all()
+    assert 1 < lost < 19
+
+
+def test_one_sample_cannot_be_neighbour_and_calibration():
+    for calibration in (0.1, "leave-one-out"):
+        with pytest.raises(ValueError, match=f"calibration={calibration!r} needs 2 .*n_samples=1"):
+            DkNNClassifier(calibration=calibration).fit([[0.0]], [0])
+    dknn = DkNNClassifier(calibration=([[0.0]], [0])).fit([[0.0]], [0])
+    assert_allclose(dknn.p_values([[1.0]]), [[1.0]])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        Y_CAL.tolist(),
+        Y_CAL.astype(object),
+        np.array([0, 0, 1, 2]),
+        torch.tensor([0, 0, 1, 2]),
+        torch.tensor([0.0, 0.0, 1.0, 2.0]),
+    ],
+    ids=["list", "object", "int", "tensor", "float tensor"],
+)
+@pytest.mark.parametrize("pair", [list, tuple])
+def test_calibration_samples_of_your_own_may_be_of_any_kind(labels, pair):
+    y = (
+        Y_LINE
+        if isinstance(np.asarray(labels).flat[0], str)
+        else np.searchsorted(["a", "b", "c"], Y_LINE)
+    )
+    X_cal = torch.from_numpy(X_CAL) if isinstance(labels, torch.Tensor) else X_CAL.tolist()
+    dknn = DkNNClassifier(n_neighbors=3, calibration=pair((X_cal, labels))).fit(X_LINE, y)
+    assert_array_equal(dknn.p_values(X_LINE), on_a_line().p_values(X_LINE))
+
+
+def test_labels_that_only_look_like_a_class_are_named():
+    dknn = DkNNClassifier(calibration=([[0.0], [1.0]], ["0", "1"]))
+    with pytest.raises(ValueError, match=r"y_cal has classes that y has not: \['0', '1'\]"):
+        dknn.fit([[0.0], [1.0]], [0, 1])
+
+
+def test_parameters_set_after_fit_act_at_the_next_fit():
+    dknn = on_a_line()
+    expected = dknn.p_values(X_LINE)
+    dknn.set_params(p_value="empirical", n_neighbors=1, calibration=0.5)
+    assert_array_equal(dknn.p_values(X_LINE), expected)
+
+
+def test_features_of_many_samples_are_never_held_at_once(digits, monkeypatch):
+    X, y = digits
+    expected = DkNNClassifier(n_neighbors=5, calibration="leave-one-out").fit(X[:300], y[:300])
+    n_rows, features_of = [], FeatureMap.__call__
+
+    def counting(self, X, **kwargs):
+        n_rows.append(len(X))
+        return features_of(self, X, **kwargs)
+
+    monkeypatch.setattr(FeatureMap, "__call__", counting)
+    with config_context(working_memory=0.03):  # 30 rows of 64 float32, four times
+        for calibration in (0.1, "leave-one-out", (X[300:], y[300:])):
+            dknn = clone(expected).set_params(calibration=calibration).fit(X[:300], y[:300])
+            assert max(n_rows) <= 31, calibration
+        dknn = clone(expected).fit(X[:300], y[:300])
+        answers = dknn.p_values(X), dknn.predict_proba(X)
+    assert max(n_rows) <= 31
+    assert_array_equal(answers[0], expected.p_values(X))
+    assert_allclose(answers[1], expected.predict_proba(X), rtol=1e-6)
 
 
 def test_conformal_p_values_hold_on_clean_data(digits):
@@ -150,6 +243,9 @@ def test_pickling_and_cloning(conv_net, digits):
     [
         ({"calibration": 1.5}, "'calibration' parameter"),
         ({"calibration": (X_CAL,)}, r"calibration must be a pair \(X_cal, y_cal\), got 1 items"),
+        ({"calibration": [X_CAL] * 3}, r"calibration must be a pair \(X_cal, y_cal\), got 3 items"),
+        ({"calibration": np.array([X_CAL, X_CAL])}, "'calibration' parameter"),
+        ({"calibration": ("ab", "cd")}, r"calibration=\(X_cal, y_cal\)"),
         ({"calibration": (X_CAL, ["a", "a", "b", "z"])}, r"classes that y has not: \['z'\]"),
         ({"calibration": (X_CAL, ["a"])}, r"y_cal has shape \(1,\), but X_cal has 4 rows"),
         ({"calibration": (np.ones((2, 3)), ["a", "b"])}, "X_cal, y_cal.*3 features"),

@@ -1,13 +1,8 @@
-"""Conformity: how well training data support an input or a label, as votes and p-values."""
+"""Conformity: how well training data support an input or a label, as votes of neighbours."""
 
-import numpy as np
 import torch
-from torch.nn.functional import one_hot
 
 from .flocking import drop_own
-
-# Scores beyond this are all alike, so that infinite ones can be reckoned with.
-LARGEST = 1e150
 
 
 def neighbor_votes(features, neighbors, labels, *, n_neighbors, n_classes, own=None):
@@ -38,14 +33,15 @@ def neighbor_votes(features, neighbors, labels, *, n_neighbors, n_classes, own=N
     votes, closeness = 0, 0
     for layer, queries in features.items():
         distance, index = nearest(neighbors[layer], queries, n_neighbors, own)
-        classes = torch.from_numpy(labels).to(index.device)[index]
-        votes = votes + one_hot(classes, n_classes).sum(dim=1)
-        nearest_of_class = torch.full((len(queries), n_classes), torch.inf, dtype=torch.float64)
         distance = distance.cpu().to(torch.float64)
-        nearest_of_class.scatter_reduce_(1, classes.cpu(), distance, "amin")
+        classes = torch.from_numpy(labels)[index.cpu()]
+        counts = torch.zeros((len(queries), n_classes), dtype=torch.float64)
+        votes = votes + counts.scatter_add_(1, classes, torch.ones_like(distance))
+        nearest_of_class = torch.full_like(counts, torch.inf)
+        nearest_of_class.scatter_reduce_(1, classes, distance, "amin")
         scale = distance[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
         closeness = closeness + scale / (nearest_of_class + scale) / len(features)
-    return votes.cpu().numpy().astype(np.float64), closeness.numpy()
+    return votes.numpy(), closeness.numpy()
 
 
 def nearest(neighbors, queries, n_neighbors, own=None):
@@ -70,27 +66,6 @@ def nearest(neighbors, queries, n_neighbors, own=None):
     return -affinity[:, 0], index[:, 0]
 
 
-def conformal_p_values(scores, calibration, *, count_own=True):
-    """Compare nonconformity scores with those of calibration rows.
-
-    Parameters
-    ----------
-    scores : ndarray
-        Higher conforms less.
-    calibration : ndarray of shape (n_calibration,)
-        Scores of the calibration rows, in ascending order.
-    count_own : bool, default=True
-        Count the row itself, (count + 1) / (n_calibration + 1), as a valid p-value does.
-
-    Returns
-    -------
-    ndarray, float64
-        Of the shape of ``scores``: share of the calibration rows that conform no better.
-    """
-    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return (at_least + count_own) / (len(calibration) + count_own)
-
-
 def disagreement(flocked, labels):
     """Tell by how much another class's flock is nearer than that of the labels.
 
@@ -111,41 +86,3 @@ def disagreement(flocked, labels):
     mean = mean.masked_fill(~there.any(dim=2), -torch.inf)
     own = labels[:, None]
     return mean.scatter(1, own, -torch.inf).amax(dim=1) - mean.gather(1, own)[:, 0]
-
-
-class ConformalScale:
-    """Turn scores into evidence, minus the log of their conformal p-value on clean rows.
-
-    Between the calibration scores the p-value is interpolated, and beyond the largest it goes on
-    falling, so that the evidence grows with the score and orders rows that lie outside of all that
-    has been seen.
-
-    Parameters
-    ----------
-    calibration : ndarray of shape (n_calibration,)
-        Scores of clean rows; higher is more suspect.
-    """
-
-    def __init__(self, calibration):
-        ordered = np.sort(np.clip(calibration, -LARGEST, LARGEST))
-        self._scores, first = np.unique(ordered, return_index=True)
-        self._p_values = (len(ordered) - first + 1) / (len(ordered) + 1)
-        spread = self._scores[-1] - np.median(ordered)
-        self._width = spread if spread > 0 else 1.0
-
-    def __call__(self, scores):
-        """Give the evidence of some scores.
-
-        Parameters
-        ----------
-        scores : ndarray of shape (n,)
-
-        Returns
-        -------
-        ndarray of shape (n,), float64
-            0 for the least suspect.
-        """
-        scores = np.clip(scores, -LARGEST, LARGEST)
-        inside = np.interp(scores, self._scores, self._p_values)
-        beyond = np.maximum(scores - self._scores[-1], 0) / self._width
-        return np.log1p(beyond) - np.log(inside)

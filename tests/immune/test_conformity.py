@@ -1,45 +1,41 @@
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.testing import assert_allclose
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
 
-from sklearn_rails.immune.conformity import ConformalScale, conformal_p_values
-
-scores = st.lists(st.integers(0, 8), min_size=1, max_size=30)
+from sklearn_rails.immune.conformity import neighbor_votes
+from sklearn_rails.immune.flocking import ClassNeighbors
 
 
-@settings(deadline=None)
-@given(calibration=scores, asked=scores)
-def test_p_values_count_the_rows_that_conform_no_better(calibration, asked):
-    calibration, asked = np.sort(calibration), np.array(asked)
-    at_least = np.array([(calibration >= s).sum() for s in asked])
-    n = len(calibration)
-    assert_allclose(conformal_p_values(asked, calibration), (at_least + 1) / (n + 1))
-    assert_allclose(conformal_p_values(asked, calibration, count_own=False), at_least / n)
+def as_one_class(features):
+    return ClassNeighbors().fit(features, np.zeros(len(features), dtype=np.int64), n_classes=1)
 
 
-@settings(deadline=None)
-@given(values=scores)
-def test_p_values_of_exchangeable_rows_are_uniform_or_larger(values):
-    # Any of the rows is equally likely to be the new one, so counting them all is the probability.
-    values = np.array(values)
-    p = np.array(
-        [conformal_p_values(v, np.sort(np.delete(values, i))) for i, v in enumerate(values)]
+def test_votes_of_two_layers_by_hand():
+    labels = np.array([0, 0, 1, 2])
+    line = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    layers = {"line": line, "mirror": -line}
+    votes, closeness = neighbor_votes(
+        {"line": torch.tensor([[0.4], [6.0]]), "mirror": torch.tensor([[-0.4], [-6.0]])},
+        {layer: as_one_class(features) for layer, features in layers.items()},
+        labels,
+        n_neighbors=3,
+        n_classes=3,
     )
-    for level in np.unique(p):
-        assert (p <= level).mean() <= level + 1e-12
+    assert_array_equal(votes, [[4, 2, 0], [2, 2, 2]])
+    # 0.4: the nearest are 0.4 (class 0) and 2.6 (class 1, the third). 6: 1 (2), 3 (1), 5 (0).
+    expected = [[2.6 / 3.0, 1 / 2, 0], [1 / 2, 5 / 8, 5 / 6]]
+    assert_allclose(closeness, expected, rtol=1e-6)
 
 
-@settings(deadline=None)
-@given(calibration=scores, asked=st.lists(st.floats(-5, 50), min_size=2, max_size=20))
-def test_evidence_grows_with_the_score_and_is_that_of_the_p_value(calibration, asked):
-    scale = ConformalScale(np.array(calibration, dtype=float))
-    asked = np.sort(asked)
-    evidence = scale(asked)
-    assert (np.diff(evidence) >= -1e-12).all()
-    assert evidence.min() >= -1e-12
-    ordered = np.unique(calibration).astype(float)
-    p = conformal_p_values(ordered, np.sort(calibration))
-    assert_allclose(scale(ordered), -np.log(p))
-    beyond = ordered[-1] + np.array([1.0, 2.0, 1000.0])
-    assert (np.diff(scale(beyond)) > 0).all()
+def test_training_rows_do_not_vote_on_themselves():
+    labels = np.array([0, 1, 1, 0])
+    line = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    votes, _ = neighbor_votes(
+        {"line": line},
+        {"line": as_one_class(line)},
+        labels,
+        n_neighbors=1,
+        n_classes=2,
+        own=np.arange(4),
+    )
+    assert_array_equal(votes, [[0, 1], [1, 0], [0, 1], [0, 1]])

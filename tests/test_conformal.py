@@ -1,0 +1,154 @@
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sklearn_rails._conformal import (
+    MAX_EVIDENCE,
+    ConformalScale,
+    conformal_p_values,
+    conformal_threshold,
+    sample_rows,
+    warn_of_few_rows,
+)
+
+scores = st.lists(st.integers(0, 8), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(calibration=scores, asked=scores)
+def test_p_values_count_the_rows_that_conform_no_better(calibration, asked):
+    calibration, asked = np.sort(calibration), np.array(asked)
+    at_least = np.array([(calibration >= s).sum() for s in asked])
+    n = len(calibration)
+    assert_allclose(conformal_p_values(asked, calibration), (at_least + 1) / (n + 1))
+    assert_allclose(conformal_p_values(asked, calibration, count_own=False), at_least / n)
+
+
+@settings(deadline=None)
+@given(values=scores)
+def test_p_values_of_exchangeable_rows_are_uniform_or_larger(values):
+    # Any of the rows is equally likely to be the new one, so counting them all is the probability.
+    values = np.array(values)
+    p = np.array(
+        [conformal_p_values(v, np.sort(np.delete(values, i))) for i, v in enumerate(values)]
+    )
+    for level in np.unique(p):
+        assert (p <= level).mean() <= level + 1e-12
+
+
+@settings(deadline=None)
+@given(calibration=scores, asked=st.lists(st.floats(-5, 50), min_size=2, max_size=20))
+def test_evidence_grows_with_the_score_and_is_that_of_the_p_value(calibration, asked):
+    scale = ConformalScale(np.array(calibration, dtype=float))
+    asked = np.sort(asked)
+    evidence = scale(asked)
+    assert (np.diff(evidence) >= -1e-12).all()
+    assert evidence.min() >= -1e-12
+    ordered = np.unique(calibration).astype(float)
+    p = conformal_p_values(ordered, np.sort(calibration))
+    assert_allclose(scale(ordered), -np.log(p))
+    beyond = ordered[-1] + np.array([1.0, 2.0, 1000.0])
+    assert (np.diff(scale(beyond)) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "rng", [3, np.random.RandomState(3), np.random.default_rng(3)], ids=["int", "state", "gen"]
+)
+def test_sampled_positions_are_sorted_distinct_and_all_over(rng):
+    n = 2**24 + 5
+    rows = sample_rows(n, 1000, rng)
+    assert rows.dtype == np.int64
+    assert len(rows) == 1000
+    assert (np.diff(rows) > 0).all()
+    assert rows[0] >= 0
+    assert n - 2**18 < rows[-1] < n
+    # As even as odd ones, up to 5 standard deviations: equal steps are not.
+    assert abs((rows % 2).mean() - 0.5) < 5 * 0.5 / 1000**0.5
+
+
+@pytest.mark.parametrize("size", [7, 8, 10**12])
+def test_a_sample_of_all_rows_is_all_rows(size):
+    assert_array_equal(sample_rows(7, size, 0), np.arange(7))
+
+
+def test_samples_are_a_matter_of_the_seed():
+    assert_array_equal(sample_rows(1000, 10, 5), sample_rows(1000, 10, 5))
+    assert (sample_rows(1000, 10, 5) != sample_rows(1000, 10, 6)).any()
+    counts = np.bincount(
+        np.concatenate([sample_rows(10, 3, seed) for seed in range(2000)]), minlength=10
+    )
+    assert (abs(counts - 600) < 5 * (2000 * 0.3 * 0.7) ** 0.5).all()
+
+
+@settings(deadline=None)
+@given(calibration=scores, percent=st.integers(1, 99))
+def test_scores_above_the_threshold_are_those_of_p_values_up_to_alpha(calibration, percent):
+    calibration = np.sort(calibration).astype(float)
+    asked = np.arange(-1.0, 10)
+    n_needed = Fraction(percent, 100) * (len(calibration) + 1)
+    at_least = np.array([(calibration >= score).sum() for score in asked])
+    for alpha in (percent / 100, np.float32(percent / 100), Fraction(percent, 100)):
+        flagged = asked > conformal_threshold(calibration, alpha)
+        assert_array_equal(flagged, [count + 1 <= n_needed for count in at_least.tolist()])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "n_above"),
+    # 0.29 * 100 is 28.999999999999996 in floating point, and the largest alpha times 100 is 100.
+    [(0.07, 6), (0.29, 28), (np.float32(0.29), 28), (np.nextafter(1, 0), 98)],
+)
+def test_thresholds_are_those_of_exact_fractions(alpha, n_above):
+    assert conformal_threshold(np.arange(99.0), alpha) == 98 - n_above
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e-300, np.float64(5e-324)])
+def test_a_tiny_alpha_has_no_threshold_and_says_so(alpha):
+    assert conformal_threshold(np.arange(99.0), alpha) == np.inf
+    with pytest.warns(UserWarning, match=r"level=.*e-3\d\d needs .*e\+3\d\d of them") as told:
+        warn_of_few_rows("level", alpha, 99, "of them")
+    assert told[0].filename == __file__
+
+
+def test_enough_rows_are_no_reason_to_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_few_rows("alpha", 0.05, 19, "rows")
+    with pytest.warns(UserWarning, match="alpha=0.05 needs 19 rows"):
+        warn_of_few_rows("alpha", 0.05, 18, "rows")
+
+
+floats = st.floats(allow_nan=False) | st.sampled_from([0.0, 5e-324, 1e-308, 1e308, 1.0])
+
+
+@settings(deadline=None)
+@given(calibration=st.lists(floats, min_size=1, max_size=12), asked=st.lists(floats, max_size=12))
+def test_evidence_keeps_the_order_of_scores_and_is_finite(calibration, asked):
+    calibration = np.array(calibration)
+    scale = ConformalScale(calibration)
+    near = np.concatenate([np.nextafter(calibration, sign * np.inf) for sign in (-1, 1)])
+    asked = np.unique(np.concatenate([calibration, near, asked]))
+    evidence = scale(asked)
+    assert np.isfinite(evidence).all()
+    known = np.isfinite(asked) | np.isin(asked, calibration)
+    assert (np.diff(evidence[known]) >= 0).all()
+    assert (evidence[known] < 1000).all()
+    assert (evidence[~known] == MAX_EVIDENCE).all()
+
+
+def test_scores_that_cannot_be_compared_have_the_most_evidence():
+    scale = ConformalScale(np.array([1.0, 2.0, np.nan, np.inf]))
+    evidence = scale(np.array([np.nan, -np.inf, np.inf, 1e300, 1.0]))
+    assert_array_equal(evidence[:2], MAX_EVIDENCE)
+    # Two of four calibration scores are at least inf: NaN counts as such.
+    assert_allclose(evidence[2], -np.log(3 / 5))
+    assert_allclose(evidence[4], 0)
+
+
+def test_nan_conforms_least():
+    calibration = np.array([0.0, 1.0, np.nan])
+    assert_allclose(conformal_p_values(np.array([0.0, 2.0, np.nan]), calibration), [1, 0.5, 0.5])
