@@ -123,11 +123,14 @@ class ConformalScale:
     ----------
     calibration : ndarray of shape (n_calibration,)
         Scores of clean samples; higher is more suspect. NaN counts as +inf.
+    rows : ndarray of int, default=slice(None)
+        Positions of the scores that set the scale. The others only tell which infinite scores
+        clean samples have.
     """
 
-    def __init__(self, calibration):
+    def __init__(self, calibration, rows=slice(None)):
         self._known_infinities = np.unique(calibration[np.isinf(calibration)])
-        ordered = np.sort(_clip(calibration))
+        ordered = np.sort(_clip(calibration[rows]))
         self._scores, first = np.unique(ordered, return_index=True)
         self._p_values = (len(ordered) - first + 1) / (len(ordered) + 1)
         spread = self._scores[-1] - np.median(ordered)
@@ -160,4 +163,5 @@ class ConformalScale:
 
 
 def _clip(scores):
-    return np.clip(np.where(np.isnan(scores), np.inf, scores), -LARGEST, LARGEST)
+    scores = np.where(np.isnan(scores), np.inf, scores).astype(np.float64)
+    return np.clip(scores, -LARGEST, LARGEST)

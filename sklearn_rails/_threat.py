@@ -124,7 +124,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
 
     A sample is always flagged, even if ``alpha`` is too small for any other alarm, where the
     network gives NaN or infinity, or where a method's score is NaN, or infinite in a way that no
-    calibration row's was. Its threat is 1,000,000 or more, and finite.
+    calibration row's was. Its threat is 1,000,000 or more, and finite. Of clean samples at most
+    one in n + 1 has such an infinite score, for n calibration rows.
 
     References
     ----------
@@ -445,7 +446,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             # Added up, p-values are no p-value: the sum is judged by rows that did not scale it.
             for_scales = sample_rows(n_rows, n_rows // 2, rng)
             for_threshold = np.setdiff1d(for_threshold, for_scales)
-        self._scales = [[ConformalScale(c) for c in raw[for_scales].T] for raw in scores]
+        self._scales = [[ConformalScale(c, for_scales) for c in raw.T] for raw in scores]
         threat = self._evidence([raw[for_threshold] for raw in scores]).sum(axis=1)
         self.n_calibration_ = len(threat)
         warn_of_few_rows(

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
+from sklearn_rails._settling import spread_rows
 from sklearn_rails.demo import pgd
+from sklearn_rails.features.mapping import FeatureMap
 from sklearn_rails.immune.conformity import disagreement
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
@@ -170,3 +173,63 @@ def test_what_cannot_be_arbitrated_is_named(task):
     for wrong in (0, 1, -0.5, "always"):
         with pytest.raises(ValueError, match="'arbitration' parameter"):
             RAILSClassifier(network, arbitration=wrong, **CHEAP).fit(X, y)
+    rails.set_params(arbitration=5e-324)
+    with pytest.warns(UserWarning, match=r"arbitration=5e-324 needs .* rows to judge by"):
+        rails.fit(X, y)
+
+
+def test_training_rows_that_judge_are_drawn_at_random():
+    """Every tenth row is of a kind of its own, as where each is followed by augmented ones."""
+    rng = np.random.default_rng(0)
+    y = np.arange(5000) % 10
+    X = np.where((y == 0)[:, None], 10.0, 0.0) + rng.normal(size=(5000, 2))
+    drawn = spread_rows(X, 1000)
+    assert drawn.dtype == torch.int64
+    assert abs((y[drawn] == 0).mean() - 0.1) < 5 * np.sqrt(0.1 * 0.9 / 1000)
+    assert spread_rows(range(2**24 + 4), 1000).max() < 2**24 + 4
+    assert_array_equal(spread_rows(X[:9], 9), np.arange(9))
+    rows = []
+    for seed in (0, 0, 1):
+        rails = RAILSClassifier(
+            FirstOfTen(), layers="input", arbitration=0.1, population_size=20, random_state=seed
+        )
+        rails.fit(X, y)
+        rows.append(rails._calibration)
+        assert len(rows[-1]) == 1000
+    assert_array_equal(rows[0], rows[1])
+    assert (rows[0] != rows[2]).any()
+
+
+class FirstOfTen(nn.Module):
+    """Ten outputs, of which the first is the highest for rows far from the origin."""
+
+    def forward(self, x):
+        other = (x[:, 0] * 4 + x[:, 1] * 3).abs().floor().long() % 9 + 1
+        return nn.functional.one_hot(torch.where(x.sum(1) > 10, 0, other), 10).float()
+
+
+def test_features_of_many_rows_are_never_held_at_once(task, monkeypatch):
+    network, X, y, new, _ = task
+    rails = RAILSClassifier(network, arbitration=0.2, **CHEAP).fit(X, y)
+    expected = rails.respond(new[:60]).p_values
+    n_rows, features_of = [], FeatureMap.__call__
+
+    def counting(self, X, **kwargs):
+        n_rows.append(len(X))
+        return features_of(self, X, **kwargs)
+
+    monkeypatch.setattr(FeatureMap, "__call__", counting)
+    row_bytes = rails._features._row_bytes
+    with config_context(working_memory=4 * 25 * row_bytes / 2**20):
+        assert_array_equal(rails._judge_training_rows(X.reshape(600, -1)), rails._calibration)
+        assert_array_equal(rails._arbitrate(new[:60].reshape(60, -1))[1], expected)
+    assert max(n_rows) == 25
+
+
+@pytest.mark.parametrize("labels", [np.zeros(40), np.full(40, "only")])
+def test_one_class_and_a_network_of_one_output(labels):
+    X = np.random.default_rng(0).normal(size=(40, 4))
+    rails = RAILSClassifier(nn.Linear(4, 1), arbitration=0.2, random_state=0).fit(X, labels)
+    assert_array_equal(rails.predict(X), labels)
+    # No other class can be nearer.
+    assert_array_equal(rails.respond(X).p_values, 1)

@@ -152,3 +152,11 @@ def test_scores_that_cannot_be_compared_have_the_most_evidence():
 def test_nan_conforms_least():
     calibration = np.array([0.0, 1.0, np.nan])
     assert_allclose(conformal_p_values(np.array([0.0, 2.0, np.nan]), calibration), [1, 0.5, 0.5])
+
+
+def test_infinite_scores_that_do_not_set_the_scale_are_known():
+    scale = ConformalScale(np.array([1.0, 2.0, np.inf], dtype=np.float32), np.array([0, 1]))
+    evidence = scale(np.array([2.0, 3.0, np.inf, -np.inf]))
+    assert_allclose(evidence[0], -np.log(2 / 3))
+    assert evidence[0] < evidence[1] < evidence[2] < 1000
+    assert evidence[3] == MAX_EVIDENCE

@@ -3,7 +3,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -11,9 +12,11 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import normalize
+from torch import nn
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
 from sklearn_rails.demo import train_network
+from sklearn_rails.features.mapping import FeatureMap
 from sklearn_rails.immune.sensing import SENSORS
 
 ANYWHERE = ["credibility", "distance", "kernel_density", "mahalanobis", "lid"]
@@ -169,9 +172,225 @@ def test_saved_scorers_answer_as_before(conv_net, split):
 
 def test_too_few_rows_for_alpha_are_told():
     X = np.random.default_rng(0).random((15, 2))
-    with pytest.warns(UserWarning, match=r"alpha=0.05 needs 19 calibration rows, but there are 15"):
-        scorer = ThreatScorer().fit(X)
+    y = np.arange(15) % 2
+    scorer = ThreatScorer()
+    for fit in (
+        ThreatScorer().fit_predict,
+        ThreatScorer().fit_transform,
+        make_pipeline(ThreatScorer()).fit,
+        RAILSClassifier(threat_scorer=ThreatScorer()).fit,
+        scorer.fit,
+    ):
+        message = r"alpha=0.05 needs 19 calibration rows, but there are 15"
+        with pytest.warns(UserWarning, match=message) as told:
+            fit(X, y)
+        assert [warning.filename for warning in told] == [__file__]
     assert (scorer.predict(X + 100) == 1).all()
+    assert np.isfinite(scorer.decision_function(X + 100)).all()
+
+
+@pytest.mark.parametrize("alpha", [5e-324, np.float32(1e-6)])
+def test_a_tiny_alpha_raises_no_alarm(alpha):
+    X = np.random.default_rng(0).random((40, 2))
+    with pytest.warns(UserWarning, match="needs .* calibration rows, but there are 40"):
+        scorer = ThreatScorer(alpha=alpha).fit(X)
+    assert (scorer.predict(X + 100) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "n_rows", "n_alarms"),
+    # 0.29 * 100 is 28.999999999999996, and so is the floor of 0.07 * 100 only by luck.
+    [(0.29, 99, 28), (0.07, 99, 6), (np.nextafter(1, 0), 9, 8), (np.float32(0.1), 9, 0)],
+)
+def test_alarms_are_counted_in_exact_fractions(alpha, n_rows, n_alarms):
+    X = np.sort(np.random.default_rng(0).random((n_rows, 1)), axis=0) ** 3
+    scorer = ThreatScorer(alpha=alpha, n_neighbors=2, random_state=0).fit(X)
+    index = NearestNeighbors(n_neighbors=2).fit(np.float32(X))
+    clean = np.sort(index.kneighbors()[0][:, -1])
+    asked = np.linspace(1.5, 3, 50)[:, None] ** 3
+    radius = index.kneighbors(np.float32(asked))[0][:, -1]
+    expected = radius > clean[::-1][n_alarms]
+    assert_array_equal(scorer.predict(asked) == -1, expected)
+
+
+def test_fitting_and_predicting_at_once_takes_the_labels(split):
+    X, y, _ = split
+    scorer = ThreatScorer(random_state=0)
+    at_once = scorer.fit_predict(X, y)
+    assert_array_equal(at_once, ThreatScorer(random_state=0).fit(X, y).predict(X))
+    assert (at_once != ThreatScorer(random_state=0).fit_predict(X)).any()
+
+
+def test_ties_are_no_alarms():
+    # Two places, one of them rare: its rows are the most suspect, but not more than one another.
+    X = np.repeat([[0.0], [1.0]], [950, 50], axis=0)
+    for method in ("distance", "mahalanobis", "kernel_density", ["mahalanobis", "kernel_density"]):
+        scorer = ThreatScorer(method=method, alpha=0.02, random_state=0).fit(X + 1)
+        assert (scorer.predict([[1.0], [2.0]]) == 1).all(), method
+
+
+class Breaks(nn.Module):
+    """Gives a number that is not finite where the first value of a row is above 2."""
+
+    def __init__(self, broken=np.nan, where="features"):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.hidden, self.fc = nn.Identity(), nn.Linear(4, 3)
+        self.broken, self.where = broken, where
+
+    def forward(self, x):
+        breaks = x[:, :1] > 2
+        features = self.hidden(
+            x.masked_fill(breaks, self.broken) if self.where == "features" else x
+        )
+        outputs = self.fc(features.nan_to_num(0.0, 0.0, 0.0))
+        return outputs.masked_fill(breaks, self.broken) if self.where == "outputs" else outputs
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", [*SENSORS, ["credibility", "distance"]], ids=str)
+@pytest.mark.parametrize("n_rows", [10, 80])
+@pytest.mark.filterwarnings("ignore:alpha=0.05 needs")
+def test_what_a_network_cannot_take_is_always_flagged(broken, method, n_rows):
+    # Of 10 rows, no other alarm can be raised.
+    X = np.random.default_rng(0).random((n_rows, 4))
+    scorer = ThreatScorer(Breaks(broken), layers="hidden", method=method, random_state=0).fit(X)
+    new = np.random.default_rng(1).random((6, 4))
+    strange = new.copy()
+    strange[[1, 4], 0] = 3
+    threat = scorer.transform(strange)
+    assert np.isfinite(threat).all()
+    assert_array_equal(scorer.score_samples(strange), -threat.sum(axis=1))
+    assert_array_equal(scorer.predict(strange)[[1, 4]], -1)
+    assert threat[[1, 4]].min() > 1000 > np.delete(threat, [1, 4], axis=0).max()
+    # The others' scores are as without them, and it is so alone.
+    kept = [0, 2, 3, 5]
+    assert_allclose(scorer.transform(strange)[kept], scorer.transform(new[kept]), rtol=1e-6)
+    assert_array_equal(scorer.predict(strange[[1, 4]]), -1)
+
+
+@pytest.mark.parametrize("method", ["disagreement", "kernel_density", "feature_squeezing"])
+def test_outputs_that_are_not_finite_are_flagged_where_a_method_needs_them(method):
+    X = np.random.default_rng(0).random((40, 4))
+    network = Breaks(where="outputs")
+    scorer = ThreatScorer(network, layers="hidden", method=method, random_state=0).fit(X)
+    strange = X[:3] + np.array([3, 0, 0, 0])
+    assert_array_equal(scorer.predict(strange), -1)
+    assert np.isfinite(scorer.score_samples(strange)).all()
+    X[7, 0] = 3
+    with pytest.raises(ValueError, match="gives NaN or infinity for some rows of X"):
+        ThreatScorer(network, layers="hidden", method=method).fit(X)
+
+
+def test_training_rows_with_features_that_are_not_finite_are_refused():
+    X = np.random.default_rng(0).random((40, 4))
+    X[7, 0] = 3
+    with pytest.raises(ValueError, match="layers='hidden': the network gives NaN or infinity"):
+        ThreatScorer(Breaks(), layers="hidden").fit(X)
+
+
+@pytest.mark.parametrize("method", ["credibility", "kernel_density", "lid"])
+def test_one_huge_training_row_does_not_spoil_the_others_scores(method):
+    X = np.random.default_rng(0).random((300, 12))
+    X[7, 0] = 1e20
+    scorer = ThreatScorer(method=method, random_state=0).fit(X)
+    assert np.isfinite(scorer.transform(X)).all()
+    assert scorer.predict(X[7:8] * 2) == -1
+
+
+class Scripted:
+    """A sensor that scores a row by its first value, in two columns."""
+
+    def __init__(self, clean):
+        pass
+
+    def __call__(self, rows):
+        return np.float64(rows.X[:, :1]) * [1, 0] + [0, 7]
+
+
+class Coded(Scripted):
+    def __call__(self, rows):
+        special = {-1: np.nan, -2: np.inf, -3: -np.inf}
+        return np.array([[special.get(int(value), value)] for value in rows.X[:, 0]])
+
+
+def test_infinite_scores_are_in_order_and_nan_is_flagged(monkeypatch):
+    monkeypatch.setitem(SENSORS, "lid", Coded)
+    nan, above, below = [-1.0], [-2.0], [-3.0]
+    clean = np.arange(1.0, 60)[:, None]
+    scorer = ThreatScorer(method="lid", random_state=0).fit(clean)
+    asked = [[1.0], [57.0], [58.0], [100.0], above, below, nan]
+    # What no clean row has cannot be compared.
+    assert_array_equal(scorer.predict(asked), [1, 1, -1, -1, -1, -1, -1])
+    # A tenth of the clean rows have it: a score like any other, the highest or the lowest.
+    scorer.fit(np.concatenate([clean, [above] * 6, [below] * 6]))
+    assert_array_equal(scorer.predict(asked), [1, 1, 1, 1, 1, 1, -1])
+    evidence = scorer.transform([below, *asked[:4], above, nan])[:, 0]
+    assert (np.diff(evidence) > 0).sum() >= 4
+    assert (np.diff(evidence) >= 0).all()
+    assert np.isfinite(evidence).all()
+    # NaN among clean rows counts as the highest.
+    scorer.set_params(alpha=0.2).fit(np.concatenate([clean, [nan] * 6]))
+    assert_array_equal(scorer.predict([[1.0], [59.0], nan]), [1, -1, -1])
+    with pytest.raises(ValueError, match="method='lid': all scores of 'lid' are NaN"):
+        scorer.fit(np.full((30, 1), -1.0))
+
+
+def test_halves_that_scale_and_judge_are_drawn_at_random(monkeypatch):
+    # Sorted rows, in two columns of scores: the first half would be no measure for the second.
+    monkeypatch.setitem(SENSORS, "lid", Scripted)
+    X = np.arange(1000.0)[:, None]
+    scorer = ThreatScorer(method="lid", alpha=0.1, random_state=0).fit(X)
+    assert scorer.n_calibration_ == 500
+    flagged = (scorer.predict(np.arange(0, 1000, 0.5)[:, None]) == -1).mean()
+    assert abs(flagged - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 500)
+
+
+@pytest.mark.parametrize("method", [m for m in SENSORS if m != "mahalanobis"])
+def test_scores_are_the_same_in_any_company_and_in_any_blocks(conv_net, split, method):
+    X, y, new = split
+    scorer = ThreatScorer(
+        conv_net, layers=["conv2", "fc"], method=method, input_shape=(1, 8, 8), random_state=0
+    ).fit(X[:200], y[:200])
+    scores = scorer.score_samples(new[:60])
+    alone = np.concatenate([scorer.score_samples(new[i : i + 1]) for i in range(20)])
+    assert_allclose(alone, scores[:20], rtol=1e-6, atol=1e-6)
+    with config_context(working_memory=0.05):
+        assert_allclose(scorer.score_samples(new[:60]), scores, rtol=1e-6, atol=1e-6)
+
+
+def test_features_of_many_new_rows_are_never_held_at_once(split, monkeypatch):
+    X, y, new = split
+    scorer = ThreatScorer(random_state=0).fit(X, y)
+    n_rows, features_of = [], FeatureMap.__call__
+
+    def counting(self, X, **kwargs):
+        n_rows.append(len(X))
+        return features_of(self, X, **kwargs)
+
+    monkeypatch.setattr(FeatureMap, "__call__", counting)
+    with config_context(working_memory=0.03):  # 30 rows of 64 float32, four times
+        scorer.predict(new)
+    assert max(n_rows) <= 31
+    assert sum(n_rows) == len(new)
+
+
+@pytest.mark.parametrize("method", ["disagreement", "kernel_density", "feature_squeezing"])
+def test_one_class_and_a_network_of_one_output(method):
+    X = np.random.default_rng(0).normal(size=(60, 4))
+    scorer = ThreatScorer(nn.Linear(4, 1), method=method, n_neighbors=2, alpha=0.1)
+    scorer.fit(X, np.zeros(60))
+    assert np.isfinite(scorer.transform(X)).all()
+    assert (scorer.predict(X) == -1).mean() < 0.25
+
+
+def test_output_set_after_fit_acts_at_the_next_fit(split):
+    X, y, new = split
+    scorer = ThreatScorer().fit(X, y).set_params(output="passthrough")
+    assert scorer.transform(new).shape == (len(new), 1)
+    assert list(scorer.get_feature_names_out()) == ["threat_credibility"]
+    assert scorer.fit(X, y).transform(new) is new
 
 
 @pytest.mark.parametrize(

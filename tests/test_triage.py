@@ -4,11 +4,14 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_array_equal
+from sklearn.base import BaseEstimator
 from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import NotFittedError
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
+from sklearn_rails._settling import check_threat_scores
 from sklearn_rails.demo import pgd
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
@@ -97,3 +100,76 @@ def test_what_triage_cannot_do_without_is_told(task):
     late = RAILSClassifier(network, **CHEAP).fit(X, y).set_params(triage=True)
     with pytest.raises(NotFittedError, match="threat_scorer was None when RAILSClassifier was"):
         late.predict(rows)
+
+
+class Scripted(BaseEstimator):
+    """A threat scorer that answers what it is told to."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def fit(self, X, y=None):
+        self.fitted_ = True
+        return self
+
+    def score_samples(self, X):
+        return np.zeros(len(X))
+
+    def predict(self, X):
+        return self.answer
+
+
+def on_two_classes(answer):
+    X, y = np.arange(24.0).reshape(12, 2), np.arange(12) % 2
+    rails = RAILSClassifier(
+        threat_scorer=Scripted(answer), triage=True, population_size=20, random_state=0
+    )
+    return rails.fit(X, y).predict_proba(X[:4])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [-1, 1, -1, 1],
+        (-1.0, 1.0, -1.0, 1.0),
+        np.array([-1, 1, -1, 1], dtype=np.int8),
+        torch.tensor([-1, 1, -1, 1]),
+    ],
+    ids=["list", "tuple of floats", "int8", "tensor"],
+)
+def test_alarms_may_be_any_sequence_of_numbers(answer):
+    assert_array_equal(on_two_classes(answer), on_two_classes(np.array([-1, 1, -1, 1])))
+    assert (on_two_classes(answer) != on_two_classes(np.ones(4))).any()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        -1,
+        np.int64(1),
+        [-1, 1, -1],
+        [[-1], [1], [-1], [1]],
+        [-1, 1, np.nan, 1],
+        [0, 1, 1, 0],
+        [True, True, True, True],
+        ["-1", "1", "1", "1"],
+        [None] * 4,
+        [[-1], [1, 1], 1, 1],
+        "1111",
+        [-1, 1, 0.5, 1],
+    ],
+    ids=str,
+)
+def test_predictions_that_are_no_alarms_are_named(answer):
+    with pytest.raises(
+        ValueError, match=r"threat_scorer: predict must return -1 .* for each of the 4 samples, got"
+    ):
+        on_two_classes(answer)
+
+
+def test_threat_scores_are_numbers():
+    assert_array_equal(check_threat_scores([1, -np.inf, np.inf], 3), [1, -np.inf, np.inf])
+    for wrong in (None, 1.0, [1.0], [[1.0]] * 3, [1, 2, np.nan], ["1", "2", "3"]):
+        with pytest.raises(ValueError, match="threat_scorer: score_samples must return a number"):
+            check_threat_scores(wrong, 3)
