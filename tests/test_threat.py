@@ -1,4 +1,5 @@
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -211,6 +212,14 @@ def test_alarms_are_counted_in_exact_fractions(alpha, n_rows, n_alarms):
     radius = index.kneighbors(np.float32(asked))[0][:, -1]
     expected = radius > clean[::-1][n_alarms]
     assert_array_equal(scorer.predict(asked) == -1, expected)
+
+
+@pytest.mark.parametrize(("n_rows", "k"), [(2, 1), (3, 2), (10, 2), (41, 10), (300, 50)])
+def test_neighbours_are_a_quarter_of_few_rows(n_rows, k):
+    X = np.random.default_rng(0).random((n_rows, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert ThreatScorer().fit(X).n_neighbors_ == k
 
 
 def test_fitting_and_predicting_at_once_takes_the_labels(split):
