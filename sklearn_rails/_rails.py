@@ -609,7 +609,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             yield layer, flocked, population
 
     def _scale_tau(self, X):
-        own = spread_rows(X, TAU_ROWS, self.seed_)
+        own = spread_rows(X, TAU_ROWS)
         return {
             layer: scale_of_affinity(
                 self.neighbors_[layer],

@@ -131,20 +131,19 @@ class SettlesRows:
         return self._features.predict(X).clamp(max=len(self.classes_) - 1)
 
 
-def spread_rows(X, n_rows, seed=0):
-    """Draw positions of some rows at random.
+def spread_rows(X, n_rows):
+    """Draw positions of some rows at random, the same each time.
 
     Parameters
     ----------
     X : ndarray or torch.Tensor
     n_rows : int
-    seed : int, default=0
 
     Returns
     -------
     torch.Tensor of shape (min(n_rows, len(X)),), int64
     """
-    return torch.from_numpy(sample_rows(len(X), n_rows, seed))
+    return torch.from_numpy(sample_rows(len(X), n_rows, rng=0))
 
 
 def check_alarms(predictions, n_samples):
