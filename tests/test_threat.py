@@ -349,11 +349,11 @@ def test_infinite_scores_are_in_order_and_nan_is_flagged(monkeypatch):
 def test_halves_that_scale_and_judge_are_drawn_at_random(monkeypatch):
     # Sorted rows, in two columns of scores: the first half would be no measure for the second.
     monkeypatch.setitem(SENSORS, "lid", Scripted)
-    X = np.arange(1000.0)[:, None]
+    X = np.arange(4000.0)[:, None]
     scorer = ThreatScorer(method="lid", alpha=0.1, random_state=0).fit(X)
-    assert scorer.n_calibration_ == 500
-    flagged = (scorer.predict(np.arange(0, 1000, 0.5)[:, None]) == -1).mean()
-    assert abs(flagged - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 500)
+    assert scorer.n_calibration_ == 2000
+    flagged = (scorer.predict(np.arange(0, 4000, 0.5)[:, None]) == -1).mean()
+    assert abs(flagged - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 2000)
 
 
 @pytest.mark.parametrize("method", [m for m in SENSORS if m != "mahalanobis"])
