@@ -170,7 +170,7 @@ METHODS = [
     [("balanced", 10, 0.2), ("ties", 25, 0.2), ("unbalanced", 60, 0.1)],
 )
 def test_alarms_on_clean_samples_are_no_more_than_alpha(method, kind, n, alpha):
-    flagged = alarms_of_scorer(method, kind, n, alpha, n_fits=500, n_new=40)
+    flagged = alarms_of_scorer(method, kind, n, alpha, n_fits=300, n_new=70)
     assert_rate_is_at_most(alpha, flagged)
     assert flagged.any()
 
