@@ -1,7 +1,13 @@
-"""Affinities: how well features match an antigen's (higher is closer)."""
+"""Affinities: how well features match an antigen's (higher is closer).
+
+Non-finite affinities follow one rule everywhere. A cell whose features or affinity are NaN has an
+affinity of minus infinity: it is not selected, not a parent and does not vote while other cells
+have one. Plus infinity counts as the largest number of the dtype. A neighbour search refuses NaN,
+and distances or products that the dtype cannot represent, since training examples and inputs are
+finite.
+"""
 
 import torch
-from torch.nn.functional import normalize
 
 
 def affinity_to(affinity, antigens, features, *, overwrite_features=False):
@@ -10,34 +16,116 @@ def affinity_to(affinity, antigens, features, *, overwrite_features=False):
     Parameters
     ----------
     affinity : {"euclidean", "cosine", "inner_product"} or callable
-        A callable takes two tensors of shape (m, n_features) and gives one of shape (m,).
+        A callable takes two tensors of shape (m, n_features) and returns one of shape (m,).
     antigens : torch.Tensor of shape (n, n_features)
     features : torch.Tensor of shape (n, k, n_features)
     overwrite_features : bool, default=False
-        Whether what is in ``features`` is wanted no more: fresh memory costs more than arithmetic.
+        Whether ``features`` may be used as scratch space, which avoids an allocation.
 
     Returns
     -------
     torch.Tensor of shape (n, k)
+        The cosine with a vector of zeros is 0. Distances that the dtype can represent are right
+        where their squares cannot be represented.
 
     Raises
     ------
     ValueError
-        If a callable gives something else.
+        If a callable returns something else, or NaN for finite features.
     """
     out = features if overwrite_features else None
     if affinity == "euclidean":
-        return -torch.linalg.vector_norm(torch.sub(features, antigens[:, None], out=out), dim=2)
+        return -norm(torch.sub(features, antigens[:, None], out=out))
     if affinity == "cosine":
-        antigens, features = normalize(antigens, dim=1), normalize(features, dim=2, out=out)
-    if affinity in ("cosine", "inner_product"):
+        lengths = norm(features)
+        if not bool((lengths > torch.finfo(lengths.dtype).eps ** 4).all()) or lengths.isinf().any():
+            features, lengths = normalize_rows(features), torch.ones_like(lengths)
+        products = torch.mul(features, normalize_rows(antigens)[:, None], out=out)
+        return products.sum(dim=2) / lengths
+    if affinity == "inner_product":
         return torch.mul(features, antigens[:, None], out=out).sum(dim=2)
     n, k, d = features.shape
-    given = affinity(antigens.repeat_interleave(k, dim=0), features.reshape(n * k, d))
+    antigens, features = antigens.repeat_interleave(k, dim=0), features.reshape(n * k, d)
+    given = affinity(antigens, features)
     if not isinstance(given, torch.Tensor) or given.shape != (n * k,):
         got = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
         raise ValueError(
             f"affinity must give a tensor of shape (n,) for two of shape (n, n_features); for "
             f"n={n * k} it gave {got}."
         )
+    missing = given.isnan()
+    if missing.any() and (antigens[missing].isfinite() & features[missing].isfinite()).all(1).any():
+        raise ValueError(
+            f"affinity={affinity!r} gave NaN for features that are finite; it must give a number "
+            "for any two rows, also for two that are the same."
+        )
     return given.to(features.dtype).reshape(n, k)
+
+
+def norm(vectors):
+    """Compute Euclidean norms whose squares may overflow or underflow.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor of shape (..., n_features)
+
+    Returns
+    -------
+    torch.Tensor of shape (...)
+    """
+    if vectors.ndim == 1:
+        return norm(vectors[None])[0]
+    if vectors.is_cuda:
+        # Sums in double precision cost nothing there, and a look at the result would wait for it.
+        norms = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64)
+        if vectors.dtype != torch.float64:
+            return norms.to(vectors.dtype)
+    else:
+        norms = torch.linalg.vector_norm(vectors, dim=-1)
+    if norms.numel() == 0:
+        return norms
+    info = torch.finfo(norms.dtype)
+    smallest = (vectors.shape[-1] * info.tiny / info.eps) ** 0.5
+    low, high = torch.aminmax(norms)
+    if low > smallest and high < torch.inf:
+        return norms
+    extreme = ~((norms > smallest) & (norms < torch.inf))
+    few = vectors[extreme]
+    largest = few.abs().amax(dim=-1)
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    exact = torch.linalg.vector_norm(few / largest[:, None], dim=-1) * largest
+    return norms.index_put((extreme,), exact)
+
+
+def normalize_rows(vectors):
+    """Divide vectors by their Euclidean norms, however large or small they are.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor of shape (..., n_features)
+
+    Returns
+    -------
+    torch.Tensor of shape (..., n_features)
+        Zeros where the vector is zero.
+    """
+    largest = vectors.abs().amax(dim=-1, keepdim=True)
+    scaled = vectors / torch.where(largest > 0, largest, 1)
+    lengths = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / torch.where(lengths > 0, lengths, 1)
+
+
+def replace_non_finite(affinity):
+    """Apply the rule for non-finite affinities: minus infinity for NaN, no plus infinity.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor
+
+    Returns
+    -------
+    torch.Tensor
+    """
+    return affinity.nan_to_num(
+        nan=-torch.inf, posinf=torch.finfo(affinity.dtype).max, neginf=-torch.inf
+    )

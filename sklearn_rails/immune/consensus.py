@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .affinity import replace_non_finite
+
 
 def n_elite(fraction, n_cells):
     """Count the cells in the top ``fraction`` of a population, at least one.
@@ -17,8 +19,8 @@ def n_elite(fraction, n_cells):
     -------
     int
     """
-    # 0.07 * 100 is 7.000000000000001.
-    return max(1, math.ceil(round(fraction * n_cells, 9)))
+    # 0.07 * 100 is 7.000000000000001, and half precision ends at 65504.
+    return max(1, math.ceil(round(float(fraction) * int(n_cells), 9)))
 
 
 def fittest(affinity, n_fittest):
@@ -27,12 +29,14 @@ def fittest(affinity, n_fittest):
     Parameters
     ----------
     affinity : torch.Tensor of shape (n, n_cells)
+        Cells whose affinity is NaN or minus infinity come last.
     n_fittest : int
 
     Returns
     -------
     torch.Tensor of shape (n, n_fittest), int64
     """
+    affinity = replace_non_finite(affinity)
     return affinity.sort(dim=1, descending=True, stable=True).indices[:, :n_fittest]
 
 
@@ -42,16 +46,20 @@ def unanimous_class(affinity, labels, n_plasma):
     Parameters
     ----------
     affinity : torch.Tensor of shape (n, n_cells)
+        Cells whose affinity is NaN or minus infinity have no say.
     labels : torch.Tensor of shape (n, n_cells), int64
     n_plasma : int
 
     Returns
     -------
     torch.Tensor of shape (n,), int64
-        The class, or -1 where the plasma is divided.
+        The class, or -1 where the plasma is divided or no cell has an affinity.
     """
-    plasma = labels.gather(1, fittest(affinity, n_plasma))
-    return torch.where((plasma == plasma[:, :1]).all(dim=1), plasma[:, 0], -1)
+    best = fittest(affinity, n_plasma)
+    plasma = labels.gather(1, best)
+    silent = ~(affinity.gather(1, best) > -torch.inf)
+    agree = ((plasma == plasma[:, :1]) | silent).all(dim=1) & ~silent[:, 0]
+    return torch.where(agree, plasma[:, 0], -1)
 
 
 def count_votes(labels, n_classes):
@@ -80,12 +88,14 @@ def class_affinity(affinity, labels, flocked):
     affinity : torch.Tensor of shape (n, n_cells)
     labels : torch.Tensor of shape (n, n_cells), int64
     flocked : torch.Tensor of shape (n, n_classes, n_neighbors)
-        Affinities of the flocked neighbours, highest first.
+        Affinities of the flocked neighbours, highest first; minus infinity where there is none.
 
     Returns
     -------
     torch.Tensor of shape (n, n_classes)
+        Minus infinity for a class without cells and neighbours.
     """
+    affinity = replace_non_finite(affinity)
     return flocked[..., 0].scatter_reduce(1, labels, affinity, "amax")
 
 
@@ -97,13 +107,20 @@ def tie_break(affinity, tau):
     Parameters
     ----------
     affinity : torch.Tensor of shape (n, n_classes)
+        Minus infinity for a class without any, which changes nothing for the others.
     tau : float
 
     Returns
     -------
     torch.Tensor of shape (n, n_classes), float64
-        Between 0 and 0.5.
+        Between 0 and 0.5; 0 for a class without an affinity.
     """
-    affinity = affinity.to(torch.float64)
-    z = (affinity - affinity.mean(dim=1, keepdim=True)) / tau
-    return 0.25 * (1 + z / (1 + z.abs()))
+    affinity = replace_non_finite(affinity.to(torch.float64))
+    there = affinity > -torch.inf
+    # Shares of the mean, since sums may overflow.
+    count = there.sum(dim=1, keepdim=True).clamp(min=1)
+    affinity = affinity.masked_fill(~there, 0)
+    away = affinity / 2 - (affinity / (2 * count)).sum(dim=1, keepdim=True)
+    # z / (1 + |z|) for z = away / tau, which may overflow; 0 / 0 is no difference.
+    share = (away / (tau / 2 + away.abs())).nan_to_num(nan=0.0)
+    return (0.25 * (1 + share)).masked_fill(~there, 0)

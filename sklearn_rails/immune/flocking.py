@@ -1,5 +1,8 @@
 """Flocking: the k nearest examples of every class, exactly, ties by index."""
 
+import copy
+import errno
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -9,18 +12,22 @@ import torch
 from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
-from .affinity import affinity_to
+from .affinity import affinity_to, norm, normalize_rows
 
-# On a CPU examples are compared in pieces of so many bytes, which stay in the caches.
+# On a CPU examples are compared in pieces of this many bytes, which stay in the caches.
 CACHE_BYTES = 2**20
 
-# The block of distances that is held at a time.
+# The block of distances that is held at a time, in bytes.
 BLOCK_BYTES = 64 * 2**20
 
+# Pieces of examples that are converted for a product, in bytes. On a CPU 2 MiB take as long as
+# examples that need no conversion (6,000 x 4,096, one query), 64 MiB 7 times as long.
+PIECE_BYTES = 2 * 2**20
+
 # What goes to the device of the queries, whatever the storage.
-MOVED = ("_index", "_starts", "_center", "_offsets")
+MOVED = ("_index", "_starts", "_shift", "_center", "_offsets")
 
 # tau="scale" is this share of the spread of a row's flocked neighbours.
 TAU_SHARE = 0.2
@@ -29,9 +36,18 @@ TAU_SHARE = 0.2
 # neighbour by more places, rounding to half precision rarely by more than the second.
 SLACK, SLACK_FLOAT16 = 6, 24
 
-# Where the examples' largest difference from their centre goes in half precision, which has its
+# Where the examples' median difference from their centre goes in half precision, which has its
 # full precision between 6e-5 and 65504.
-FLOAT16_PEAK, FLOAT16_MAX = 64, 65504
+FLOAT16_TYPICAL, FLOAT16_MAX = 16, 65504
+
+# Examples that tell where the others are, and at which scale.
+TYPICAL_ROWS = 256
+
+# A feature is stored as differences from a constant if this is so many times its spread.
+SHIFT_RATIO = 8
+
+# Typical distances up to 2 to this power, or its inverse, are compared without scaling.
+MAX_EXPONENT = 20
 
 
 class ClassNeighbors:
@@ -44,7 +60,8 @@ class ClassNeighbors:
     algorithm : {"auto", "brute", "kd_tree", "ball_tree"} or estimator, default="auto"
         ``"auto"`` is an exact matrix product on the features' device. The other names build one
         :class:`sklearn.neighbors.NearestNeighbors` a class, and an estimator with ``kneighbors``
-        is cloned for every class.
+        is cloned for every class. Where it finds fewer neighbours than it is asked for, it may
+        fill up with -1.
     n_jobs : int, default=None
         Threads for the classes' own indexes; the matrix product uses torch's.
     storage : {"memory", "float16"} or path, default="memory"
@@ -55,6 +72,14 @@ class ClassNeighbors:
     ----------
     n_samples_ : ndarray of shape (n_classes,)
         Examples in each class.
+
+    Notes
+    -----
+    Candidates are found by a matrix product whose rounding error is bounded; affinities of all
+    that could be among the neighbours are then computed one by one. The product compares
+    differences from a centre: features that are far from zero are stored as differences from a
+    constant, where no example loses a bit by that. Queries for which the product overflows are
+    compared with every example one by one.
     """
 
     def __init__(self, affinity="euclidean", algorithm="auto", n_jobs=None, storage="memory"):
@@ -73,13 +98,19 @@ class ClassNeighbors:
         Parameters
         ----------
         features : torch.Tensor of shape (n, n_features)
+            Finite.
         y : ndarray of shape (n,)
-            Class of each example, as an integer from 0; every class has one.
+            Class of each example, as an integer from 0. A class may have none.
         n_classes : int
 
         Returns
         -------
         ClassNeighbors
+
+        Raises
+        ------
+        ValueError
+            If features are not finite, or as :meth:`begin` raises it.
         """
         return self.begin(y, n_classes).put(slice(0, len(features)), features).finish()
 
@@ -123,6 +154,7 @@ class ClassNeighbors:
         self._sizes = self.n_samples_.tolist()
         self._starts = torch.tensor([0, *np.cumsum(self._sizes[:-1])])
         self._examples = None
+        self._pooled, self._lengths = False, None
         return self
 
     def put(self, rows, features):
@@ -139,26 +171,27 @@ class ClassNeighbors:
         ClassNeighbors
         """
         if self.affinity == "cosine":
-            features = normalize(features, dim=1)
+            features = normalize_rows(features)
         if self._examples is None:
-            self._examples = make_room(
-                self.storage, (len(self._index), features.shape[1]), features
-            )
+            self._examples = allocate(self.storage, (len(self._index), features.shape[1]), features)
             self._move_to(features.device)
-            self._error = 0.0
-            self._scale = 1.0
-            self._center = torch.zeros_like(features[0])
+            self._blank = torch.zeros(len(self._index), dtype=torch.bool, device=features.device)
+            self._error, self._scale = 0.0, 1.0
+            self._shift = torch.zeros_like(features[0])
             if self.storage == "float16":
+                sample = features[sample_positions(len(features))]
                 if self._has_distance:
-                    self._center = features.mean(dim=0)
-                peak = float((features - self._center).abs().max())
-                self._scale = FLOAT16_PEAK / peak if peak > 0 else 1.0
+                    self._shift = sample.median(dim=0).values
+                peak = float((sample - self._shift).abs().amax(dim=1).median())
+                self._scale = min(FLOAT16_TYPICAL / peak, 2.0**100) if peak > 0 else 1.0
+        place = self._place[rows].to(features.device)
+        self._blank[place] = ~features.any(dim=1)
         if self.storage == "float16":
-            scaled = (features - self._center) * self._scale
+            scaled = (features - self._shift) * self._scale
             features = scaled.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
             error = torch.linalg.vector_norm(scaled - features, dim=1).max()
             self._error = max(self._error, float(error))
-        place = self._place[rows].to(self._examples.device)
+        place = place.to(self._examples.device)
         self._examples.index_copy_(0, place, features.to(self._examples.device))
         return self
 
@@ -170,28 +203,63 @@ class ClassNeighbors:
         ClassNeighbors
         """
         del self._place
+        self._blank = self._blank if self.affinity == "cosine" else torch.zeros_like(self._blank)
+        sample = self._examples[sample_positions(len(self._examples))].to(self._shift)
+        self._center, self._unit = torch.zeros_like(self._shift), 1.0
         if self.storage != "float16" and self._has_distance:
-            # Distances do not feel a shift, rounding does.
-            self._center = self._examples.mean(dim=0).to(self._center.device)
-        center = 0 if self.storage == "float16" else self._center
+            # Distances do not feel a shift, rounding does. A median does not feel a single row.
+            self._center = sample.median(dim=0).values
+            self._shift_examples(self._center, (sample - self._center).abs().median(dim=0).values)
+            self._center = self._center - self._shift
+            # A power of two rounds nothing.
+            typical = float(norm(sample - self._shift - self._center).median())
+            exponent = np.frexp(typical)[1] if 0 < typical < np.inf else 0
+            if abs(exponent) > MAX_EXPONENT:
+                self._unit = 2.0 ** -float(np.clip(exponent, -100, 100))
         offsets, largest = [], 0.0
-        for examples in self._pieces(self._center):
-            offsets.append((examples - center).square_().sum(dim=1) / -2)
-            largest = max(largest, float(torch.linalg.vector_norm(examples, dim=1).max()))
+        # So that no example has the score of one that is not there.
+        lowest = -torch.finfo(self._shift.dtype).max / 8
+        for piece in self._pieces(self._shift, BLOCK_BYTES):
+            distance = norm((piece - self._center).mul_(self._unit))
+            if not bool(torch.isfinite(norm(piece)).all()):
+                raise ValueError(
+                    f"The features of some training rows are not finite, or beyond what "
+                    f"{str(piece.dtype).removeprefix('torch.')} holds; scale X, or use "
+                    "dtype='float64'."
+                )
+            offsets.append((distance.square() / -2).clamp_(min=lowest))
+            largest = max(largest, float(distance.max()))
         self._offsets = torch.cat(offsets)
         if self.affinity == "inner_product":
             self._offsets.zero_()
+        # Minus half a squared distance is the cosine, but for a constant, if both rows are of
+        # length 1. A row of zeros is then half too near.
+        self._offsets[self._blank] -= 0.5 * (self._scale * self._unit) ** 2
         self._largest = largest
         self._indexes = None if self.algorithm == "auto" else self._build_indexes()
         return self
+
+    def _shift_examples(self, constants, spread):
+        """Store features that are far from zero as differences, if no example loses by that."""
+        far = (constants.abs() > SHIFT_RATIO * spread).nonzero()[:, 0]
+        step = max(1, BLOCK_BYTES // self._examples[0].nbytes)
+        pieces = self._examples.split(step) if len(far) else ()
+        kept, constant = torch.ones_like(far, dtype=torch.bool), constants[far]
+        for piece in pieces:
+            values = piece[:, far.to(piece.device)].to(constant)
+            kept &= ((values - constant) + constant == values).all(dim=0)
+        self._shift[far[kept]] = constant[kept]
+        if kept.any():
+            for piece in pieces:
+                piece -= self._shift.to(piece.device)
 
     @property
     def _has_distance(self):
         return self.affinity in ("euclidean", "cosine")
 
-    def _pieces(self, like):
-        """Give the examples, a piece after the other, as numbers of another tensor's kind."""
-        step = max(1, BLOCK_BYTES // (self._examples.shape[1] * like.element_size()))
+    def _pieces(self, like, n_bytes):
+        """Give the stored examples, piece after piece, as numbers of another tensor's kind."""
+        step = max(1, n_bytes // (self._examples.shape[1] * like.element_size()))
         for piece in self._examples.split(step):
             yield piece.to(like)
 
@@ -204,9 +272,18 @@ class ClassNeighbors:
                     f"{self.affinity!r} does not give; use algorithm='auto' or an estimator."
                 )
             template = NearestNeighbors(algorithm=template)
-        examples = self._examples.cpu().numpy()
-        bounds = np.cumsum(self._sizes)[:-1]
-        return [clone(template).fit(members) for members in np.split(examples, bounds)]
+        examples = (self._examples + self._shift).cpu().numpy()
+        # Rows of zeros have the same cosine with all others, and no place among them by distance.
+        counted = ~self._blank.cpu().numpy()
+        self._members, self._blanks = [], []
+        for start, size in zip(self._starts.tolist(), self._sizes, strict=True):
+            places = np.arange(start, start + size)
+            self._members.append(places[counted[places]])
+            self._blanks.append(places[~counted[places]])
+        return [
+            clone(template).fit(examples[members]) if len(members) else None
+            for members in self._members
+        ]
 
     def kneighbors(self, queries, n_neighbors, recall=None):
         """Find the nearest examples of every class.
@@ -214,8 +291,9 @@ class ClassNeighbors:
         Parameters
         ----------
         queries : torch.Tensor of shape (n, n_features)
+            Finite.
         n_neighbors : int
-            Neighbours in each class. A class with fewer examples gives all of them.
+            Maximum number of neighbours in each class; clipped to the size of the largest class.
         recall : callable, default=None
             With ``storage="float16"`` needed: ``recall(index)`` gives the features (m, n_features)
             of examples in full precision, for their positions (m,) among those of :meth:`fit`.
@@ -226,54 +304,117 @@ class ClassNeighbors:
             Highest first; minus infinity where a class has no more examples.
         index : torch.Tensor of shape (n, n_classes, n_neighbors), int64
             Position of the examples among those of :meth:`fit`; -1 where there is none.
+
+        Raises
+        ------
+        ValueError
+            If an affinity is NaN or cannot be represented, or an index gives no valid positions.
         """
+        return self._find(queries, self._clip(n_neighbors), recall)
+
+    def _clip(self, n_neighbors):
+        return min(n_neighbors, max(1, *self._sizes))
+
+    def _find(self, queries, n_neighbors, recall):
+        if self.storage == "float16" and recall is None:
+            raise ValueError("storage='float16' keeps no example in full precision: give recall.")
         self._move_to(queries.device)
-        if self.affinity == "cosine":
-            queries = normalize(queries, dim=1)
+        unit_length = self.affinity == "cosine" or self._lengths is not None
+        if unit_length:
+            queries = normalize_rows(queries)
+        has_shift = bool(self._shift.any())
 
         def take(places):
             if recall is not None:
                 examples = recall(self._index[places])
-                return normalize(examples, dim=1) if self.affinity == "cosine" else examples
-            return self._examples.index_select(0, places.to(self._examples.device)).to(queries)
+            else:
+                places = places.to(self._examples.device)
+                examples = self._examples.index_select(0, places).to(queries)
+                if has_shift:
+                    examples.add_(self._shift)
+                if self._lengths is None:
+                    return examples
+            return normalize_rows(examples) if unit_length else examples
 
-        if self._indexes is not None:
-            places = self._ask_indexes(queries, n_neighbors + SLACK)
-            affinity, places = self._rank(queries, places, n_neighbors, take)
-        else:
-            slack = SLACK_FLOAT16 if self.storage == "float16" else SLACK
-            step = max(1, BLOCK_BYTES // (len(self._examples) * queries.element_size()))
-            blocks = [
-                self._search(block, n_neighbors, n_neighbors + slack, take)
-                for block in queries.split(step)
-            ]
-            affinity, places = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        return affinity, torch.where(places < 0, places, self._index[places])
+        # The caller's autocast would compute products in half precision.
+        with torch.autocast(queries.device.type, enabled=False):
+            if self._indexes is not None:
+                places = self._ask_indexes(queries, n_neighbors)
+                affinity, places = self._rank(queries, places, n_neighbors, take)
+            else:
+                slack = SLACK_FLOAT16 if self.storage == "float16" else SLACK
+                step = max(1, BLOCK_BYTES // (len(self._examples) * queries.element_size()))
+                blocks = [
+                    self._search(block, n_neighbors, n_neighbors + slack, take)
+                    for block in queries.split(step)
+                ]
+                affinity, places = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+            return affinity, torch.where(places < 0, places, self._index[places])
 
-    def _ask_indexes(self, queries, n_candidates):
+    def _ask_indexes(self, queries, n_neighbors):
         rows = queries.cpu().numpy()
 
-        def ask(index, n_samples):
-            k = min(n_candidates, int(n_samples))
-            return index.kneighbors(rows, n_neighbors=k, return_distance=False)
+        def ask(index, members):
+            if index is None:
+                return np.full((len(rows), 0), -1)
+            k = min(n_neighbors + SLACK, len(members))
+            found = np.asarray(index.kneighbors(rows, n_neighbors=k, return_distance=False))
+            if found.shape != (len(rows), k) or found.dtype.kind not in "iu":
+                raise ValueError(
+                    f"algorithm={self.algorithm!r}: kneighbors must give whole numbers of shape "
+                    f"{(len(rows), k)}, it gave {found.dtype} of shape {found.shape}."
+                )
+            found = found.astype(np.int64)
+            if found.size and not -1 <= found.min() <= found.max() < len(members):
+                raise ValueError(
+                    f"algorithm={self.algorithm!r}: kneighbors must give positions from 0 to "
+                    f"{len(members) - 1}, or -1 for none, it gave {found.min()} to {found.max()}."
+                )
+            return np.where(found < 0, -1, members[found])
 
         found = Parallel(n_jobs=self.n_jobs, require="sharedmem")(
-            delayed(ask)(index, n) for index, n in zip(self._indexes, self.n_samples_, strict=True)
+            delayed(ask)(index, members)
+            for index, members in zip(self._indexes, self._members, strict=True)
         )
-        places = torch.full((len(rows), len(found), n_candidates), -1)
-        for c, start in enumerate(self._starts.tolist()):
-            places[:, c, : found[c].shape[1]] = torch.from_numpy(found[c] + start)
-        return places.to(queries.device)
+        blanks = [blanks[:n_neighbors] for blanks in self._blanks]
+        width = max(f.shape[1] + len(b) for f, b in zip(found, blanks, strict=True))
+        places = np.full((len(rows), len(found), max(width, n_neighbors)), -1)
+        for c, (positions, more) in enumerate(zip(found, blanks, strict=True)):
+            places[:, c, : positions.shape[1]] = positions
+            places[:, c, positions.shape[1] : positions.shape[1] + len(more)] = more
+        # A position that is given twice counts once.
+        places = np.sort(places, axis=2)
+        places[..., 1:][places[..., 1:] == places[..., :-1]] = -1
+        return torch.from_numpy(places).to(queries.device)
 
     def _search(self, queries, n_neighbors, n_candidates, take):
         """Find the neighbours of one block of queries."""
-        centered = (queries - self._center).mul_(self._scale)
-        top, places = self._find_candidates(queries, centered, n_candidates, take)
+        if callable(self.affinity):
+            return self._compare_with_all(queries, n_neighbors, take)
+        if self._lengths is None:
+            moved = (queries - self._shift).mul_(self._scale).sub_(self._center).mul_(self._unit)
+        else:
+            moved = queries
+        norms = torch.linalg.vector_norm(moved, dim=1)
+        top, places = self._find_candidates(moved, n_candidates)
         # What the error of the scores may have put behind the last that is wanted, or before it.
         wanted = top[..., n_neighbors - 1 : n_neighbors]
-        bar = wanted - 2 * self._score_error(centered, wanted)
-        contends = top >= bar.clamp_(min=torch.finfo(top.dtype).min)
+        bar = wanted - 2 * self._score_error(moved, norms[:, None, None], wanted)
+        bar = bar.nan_to_num_(nan=-torch.inf).clamp_(min=torch.finfo(top.dtype).min)
+        contends = top >= bar
         n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
+        overflows = self._overflows(norms, top[..., :n_neighbors])
+        if overflows.any():
+            usable = ~overflows
+            affinity = queries.new_empty(*top.shape[:2], n_neighbors)
+            ranked = places.new_empty(affinity.shape)
+            for rows, search in (
+                (overflows, self._compare_with_all),
+                (usable, lambda q, k, take: self._search(q, k, n_candidates, take)),
+            ):
+                if rows.any():
+                    affinity[rows], ranked[rows] = search(queries[rows], n_neighbors, take)
+            return affinity, ranked
         affinity, ranked = self._rank(queries, places[..., :n_contenders], n_neighbors, take)
         if n_contenders == n_candidates < max(self._sizes):
             # Something that was left out may stand above the last that is wanted.
@@ -284,19 +425,40 @@ class ClassNeighbors:
                 )
         return affinity, ranked
 
-    def _find_candidates(self, queries, centered, n_candidates, take):
+    def _compare_with_all(self, queries, n_neighbors, take):
+        """Find neighbours by the affinities of all examples."""
+        found = []
+        for start, size in zip(self._starts.tolist(), self._sizes, strict=True):
+            places = torch.arange(start, start + size, device=queries.device)
+            places = pad(places, (0, max(0, n_neighbors - size)), value=-1)
+            # As much memory as a block of scores takes.
+            step = max(1, BLOCK_BYTES // (len(places) * queries.element_size()))
+            parts = [
+                self._rank(q, places.expand(len(q), 1, -1), n_neighbors, take)
+                for q in queries.split(step)
+            ]
+            found.append([torch.cat(values) for values in zip(*parts, strict=True)])
+        affinity, ranked = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return affinity, ranked
+
+    def _find_candidates(self, moved, n_candidates):
         """Give the best of each class by a quick score, and their scores."""
-        if callable(self.affinity):
-            every = torch.arange(len(self._examples), device=queries.device)
-            scores = self._exact_affinities(queries, every.expand(len(queries), -1), take)
+        # Minus half the squared distance, but for a constant of each query.
+        scaled = moved if self._unit == 1 or self._lengths is not None else moved * self._unit
+        exact = product_is_exact(scaled)
+        plain = self._examples.dtype == moved.dtype and self._examples.device == moved.device
+        if plain and exact and self._lengths is None:
+            scores = torch.addmm(self._offsets, scaled, self._examples.T)
         else:
-            # Minus half the squared distance, but for a constant of each query.
-            if self._examples.dtype == queries.dtype and self._examples.device == queries.device:
-                scores = torch.addmm(self._offsets, centered, self._examples.T)
+            wide = scaled if exact else scaled.double()
+            n_bytes = PIECE_BYTES if moved.device.type == "cpu" else BLOCK_BYTES
+            pieces = [self._examples] if plain and exact else self._pieces(wide, n_bytes)
+            scores = torch.cat([torch.mm(wide, piece.T).to(moved) for piece in pieces], dim=1)
+            if self._lengths is None:
+                scores.add_(self._offsets)
             else:
-                scores = torch.cat(
-                    [torch.mm(centered, piece.T) for piece in self._pieces(queries)], dim=1
-                ).add_(self._offsets)
+                scores.add_((moved * self._shift).sum(dim=1, keepdim=True)).div_(self._lengths)
+                scores.sub_(self._lengths.isfinite().to(scores), alpha=0.5)
         best = []
         for members in scores.split(self._sizes, dim=1):
             k = min(n_candidates, members.shape[1])
@@ -308,24 +470,41 @@ class ClassNeighbors:
         top, places = (torch.stack(parts, dim=1) for parts in zip(*best, strict=True))
         places += self._starts[:, None]
         if min(self._sizes) < n_candidates:
-            places.masked_fill_(top == -torch.inf, -1)
+            sizes = torch.tensor(self._sizes, device=places.device)[:, None]
+            places.masked_fill_(torch.arange(n_candidates, device=places.device) >= sizes, -1)
         return top, places
 
-    def _score_error(self, centered, wanted):
+    def _score_error(self, moved, norms, wanted):
         """Bound how far a score may be from the true one, about the last that is wanted."""
-        if callable(self.affinity):
-            return 0.0
-        norms = torch.linalg.vector_norm(centered, dim=1)[:, None, None]
+        info = torch.finfo(moved.dtype)
         # A blocked sum of d terms errs by about sqrt(d) units, not by the d of a plain one.
-        unit = 4 * torch.finfo(centered.dtype).eps * centered.shape[1] ** 0.5
-        error = (norms + self._largest) * (unit * self._largest)
+        unit = 4 * info.eps * moved.shape[1] ** 0.5
+        if self._lengths is not None:
+            shift = float(norm(self._shift))
+            return unit * (2 + 2 * shift / float(self._lengths.min()))
+        if self.affinity == "inner_product":
+            return norms * (unit * self._largest + self._error)
+        center = float(norm(self._center)) * self._unit
+        constant = ((moved * self._unit) * self._center).sum(dim=1)[:, None, None]
+        score = wanted - constant
+        # Scores of examples that are 4 times as far from the centre as the query err by a share
+        # of the score, however far they are.
+        near = (4 * norms).clamp(max=self._largest)
+        error = unit * (norms * (center + near) + near.square() + 10 * score.abs())
+        error = error + moved.shape[1] * info.tiny
         if self._error == 0:
             return error
-        if self.affinity == "inner_product":
-            return error + self._error * norms
         # An example that is e away from where it should be has a distance that errs by e.
-        distance = (norms.square() - 2 * wanted).clamp_(min=0).sqrt_()
+        distance = (norms.square() - 2 * score).clamp_(min=0).sqrt_()
         return error + self._error * (distance + self._error)
+
+    def _overflows(self, norms, top):
+        """Tell for which queries the scores may have overflowed."""
+        limit = torch.finfo(top.dtype).max / 16
+        reach = 1.0 if self._lengths is not None else self._largest
+        reach = reach + float(norm(self._center)) * self._unit
+        there = top.masked_fill(top == -torch.inf, 0)
+        return ~((norms * reach < limit) & (there.abs() < limit).all(dim=2).all(dim=1))
 
     def _rank(self, queries, places, n_neighbors, take):
         """Order candidates by their exact affinity, ties by index, and keep the best.
@@ -333,7 +512,11 @@ class ClassNeighbors:
         ``places`` is (n, n_classes, n_candidates), -1 where there is none.
         """
         # A stable sort settles ties if the candidates come in the order of their indices.
-        places = places.sort(dim=2).values
+        if self._pooled:
+            order = self._index[places.clamp(min=0)].masked_fill_(places < 0, -1).argsort(dim=2)
+            places = places.gather(2, order)
+        else:
+            places = places.sort(dim=2).values
         exact = self._exact_affinities(queries, places.clamp(min=0).flatten(1), take)
         exact = exact.reshape(places.shape).masked_fill_(places < 0, -torch.inf)
         ranking = exact.sort(dim=2, descending=True, stable=True)
@@ -354,7 +537,63 @@ class ClassNeighbors:
                 exact[rows, left : left + n_columns] = affinity_to(
                     self.affinity, queries[rows], examples, overwrite_features=True
                 )
+        if not torch.isfinite(exact).all():
+            if not callable(self.affinity):
+                raise ValueError(
+                    f"affinity={self.affinity!r} of some rows and training rows is not finite, or "
+                    f"beyond what {str(exact.dtype).removeprefix('torch.')} holds; scale X, or use "
+                    "dtype='float64'."
+                )
+            largest = torch.finfo(exact.dtype).max
+            exact.clamp_(-largest, largest)
         return exact
+
+    def pooled(self, device, lengths=None):
+        """Return the same examples as a single class.
+
+        Parameters
+        ----------
+        device : torch.device
+            Where queries will be.
+        lengths : torch.Tensor of shape (n_samples,), default=None
+            Norms of the examples, in the order of :attr:`index`, infinite for rows of zeros: both
+            they and the queries are then divided by their norms. Only for the Euclidean affinity
+            in full precision.
+
+        Returns
+        -------
+        ClassNeighbors
+            That shares memory with this one. Ties go by index.
+        """
+        self._move_to(device)
+        view = copy.copy(self)
+        view.n_samples_ = np.array([len(self._index)])
+        view._sizes = view.n_samples_.tolist()
+        view._starts = self._starts[:1]
+        view._pooled, view._lengths = True, lengths
+        return view
+
+    @property
+    def index(self):
+        """Positions of the examples among those of :meth:`fit`, class after class."""
+        return self._index
+
+    def examples_of(self, c):
+        """Return the examples of a class.
+
+        Parameters
+        ----------
+        c : int
+
+        Returns
+        -------
+        features : torch.Tensor of shape (n, n_features)
+        index : torch.Tensor of shape (n,), int64
+            Their positions among those of :meth:`fit`.
+        """
+        start = int(self._starts[c])
+        members = slice(start, start + self._sizes[c])
+        return self._examples[members] + self._shift, self._index[members]
 
     def _move_to(self, device):
         for name in MOVED:
@@ -381,13 +620,55 @@ class ClassNeighbors:
             self._examples = torch.from_numpy(np.asarray(state["_examples"]))
 
 
-def make_room(storage, shape, like):
-    """Make room for examples.
+def sample_positions(n):
+    """Draw positions of some rows at random, the same for the same number of rows.
+
+    Parameters
+    ----------
+    n : int
+
+    Returns
+    -------
+    ndarray of shape (min(n, TYPICAL_ROWS),), int64
+        In ascending order.
+    """
+    size = min(n, TYPICAL_ROWS)
+    return np.sort(np.random.default_rng(0).choice(n, size, replace=False))
+
+
+def product_is_exact(tensor):
+    """Check whether torch's settings leave matrix products the precision of their dtype.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+
+    Returns
+    -------
+    bool
+        False for float32 where ``torch.set_float32_matmul_precision``, or a setting of the
+        device, allows products in bfloat16 or TF32.
+    """
+    if tensor.dtype != torch.float32 or tensor.device.type not in ("cpu", "cuda"):
+        return True
+    backends = torch.backends
+    backend = backends.cuda if tensor.is_cuda else backends.mkldnn
+    # Since torch 2.9; a setting that is not made is that of what it belongs to.
+    owners = (getattr(backend, "matmul", None), backend, backends)
+    settings = [getattr(owner, "fp32_precision", None) for owner in owners]
+    if settings[0] is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    made = [setting for setting in settings if setting not in (None, "none")]
+    return not made or made[0] == "ieee"
+
+
+def allocate(storage, shape, like):
+    """Allocate memory for examples.
 
     Parameters
     ----------
     storage : {"memory", "float16"} or path
-        A folder holds a temporary file, which goes with the tensor.
+        A folder holds a temporary file, which is deleted with the tensor.
     shape : tuple of int
     like : torch.Tensor
         Tells the device and the dtype.
@@ -395,15 +676,52 @@ def make_room(storage, shape, like):
     Returns
     -------
     torch.Tensor
+
+    Raises
+    ------
+    OSError
+        If the folder's disk has not enough space.
     """
     if storage == "memory":
         return like.new_empty(shape)
     if storage == "float16":
         return like.new_empty(shape, dtype=torch.float16)
     dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
     with tempfile.TemporaryFile(dir=storage, prefix="sklearn_rails_") as file:
+        try:
+            reserve(file, n_bytes)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"storage={str(storage)!r} has no room for {n_bytes / 2**20:.1f} MiB of features: "
+                f"{error.strerror}",
+            ) from error
         # The map outlives the file's name, and even its handle.
-        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=shape))
+        return torch.from_numpy(np.memmap(file, dtype, "r+", shape=shape))
+
+
+def reserve(file, n_bytes):
+    """Reserve space on the disk: writing to a map of a file that has none kills the process.
+
+    Parameters
+    ----------
+    file : file object
+        Open for writing, empty.
+    n_bytes : int
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            return
+        except OSError as error:
+            # Not every file system can do it.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    zeros = bytes(min(n_bytes, 2**20))
+    for start in range(0, n_bytes, len(zeros)):
+        file.write(zeros[: n_bytes - start])
+    file.flush()
 
 
 def join_flocks(flock, other):
@@ -464,9 +782,10 @@ def flock_without_own(neighbors, own, features, n_neighbors, recall=None):
     Returns
     -------
     torch.Tensor of shape (n, n_classes, n_neighbors)
-        Affinities, minus infinity where a class has no more.
+        Affinities, minus infinity where a class has no more; as many as the largest class has
+        examples at most.
     """
-    flock = neighbors.kneighbors(features, n_neighbors + 1, recall)
+    flock = neighbors._find(features, neighbors._clip(n_neighbors) + 1, recall)
     return drop_own(*flock, own)[0]
 
 
