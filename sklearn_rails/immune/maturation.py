@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
+from .affinity import replace_non_finite
 from .consensus import unanimous_class
 
 # On a CPU cells of so many bytes are bred at a time, to stay in the caches between the operators.
@@ -69,15 +71,23 @@ def find_domain(cells, clip):
     Raises
     ------
     ValueError
-        If ``clip`` is none of these.
+        If ``clip`` is none of these, or a feature's range overflows.
     """
     low, high = cells.amin(dim=0), cells.amax(dim=0)
     in_unit_interval = bool((low >= 0).all() and (high <= 1).all())
     unit = 1.0 if in_unit_interval else (high - low).cpu().numpy()
+    if not np.isfinite(unit).all():
+        raise ValueError(
+            f"The range of a feature of X is beyond what {str(cells.dtype).removeprefix('torch.')} "
+            "holds; scale X, or use dtype='float64'."
+        )
     if clip is None:
         return Domain(unit, None, None)
     if not isinstance(clip, str):
-        bounds = np.asarray(clip, dtype=float)
+        try:
+            bounds = np.asarray(clip, dtype=float)
+        except (TypeError, ValueError):
+            bounds = np.empty(0)
         if bounds.shape != (2,) or not bounds[0] < bounds[1]:
             raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")
         return Domain(unit, *bounds.tolist())
@@ -107,25 +117,48 @@ def clone_neighbors(index, n_cells):
     Parameters
     ----------
     index : torch.Tensor of shape (n, n_classes, n_neighbors), int64
-        Neighbours of each row, -1 where a class has no more.
+        Neighbours of each row, -1 where a class has no more; the -1 come last.
     n_cells : int
 
     Returns
     -------
     parents : torch.Tensor of shape (n, n_cells), int64
-        The example that each cell is a clone of. A class's nearest neighbours get its remainder.
-    labels : torch.Tensor of shape (n_cells,), int64
+        The example that each cell is a clone of. Classes without neighbours have no cells. A
+        class's nearest neighbours get its remainder.
+    labels : torch.Tensor of shape (n_cells,) or (n, n_cells), int64
+        Of the latter shape where rows have neighbours in different classes.
+
+    Raises
+    ------
+    ValueError
+        If a row has no neighbours.
     """
-    n_rows, n_classes, _ = index.shape
-    quota = torch.tensor(class_quota(n_cells, n_classes), device=index.device)
-    labels = torch.repeat_interleave(
-        torch.arange(n_classes, device=index.device), quota, output_size=n_cells
+    n_found = (index >= 0).sum(dim=2)
+    different = (n_found != n_found[0]).any(dim=1).nonzero()[:, 0]
+    if len(different) == 0:
+        parents, labels = _clone_alike(index, n_found[0], n_cells)
+        return parents, labels
+    # Only an approximate index finds more for one row than for another.
+    clones = [_clone_alike(index[[i]], n_found[i], n_cells) for i in range(len(index))]
+    parents, labels = zip(*clones, strict=True)
+    return torch.cat(parents), torch.stack(labels)
+
+
+def _clone_alike(index, n_found, n_cells):
+    """Clone the neighbours of rows of which each class has the same number."""
+    present = n_found.nonzero()[:, 0]
+    if len(present) == 0:
+        raise ValueError(
+            "No neighbours were found for a row: algorithm must find at least one in some class."
+        )
+    quota = torch.tensor(class_quota(n_cells, len(present)), device=index.device)
+    rank = torch.arange(n_cells, device=index.device)
+    position = torch.repeat_interleave(
+        torch.arange(len(present), device=index.device), quota, output_size=n_cells
     )
-    first = torch.cumsum(quota, dim=0) - quota
-    # The examples that a class has are the same number for every row.
-    n_found = (index[0] >= 0).sum(dim=1)
-    rank = (torch.arange(n_cells, device=index.device) - first[labels]) % n_found[labels]
-    return index[:, labels, rank].reshape(n_rows, n_cells), labels
+    labels = present[position]
+    rank = (rank - (torch.cumsum(quota, dim=0) - quota)[position]) % n_found[labels]
+    return index[:, labels, rank].reshape(len(index), n_cells), labels
 
 
 def mutation_steps(uniforms, rho, delta_min, delta_max, unit):
@@ -191,25 +224,35 @@ def select_parents(affinity, labels, uniforms, tau, *, n_classes, selection):
     Returns
     -------
     first, second : torch.Tensor of shape (n, n_cells), int64
-        Positions of the parents; those of the first are in the order of their classes.
+        Positions of the parents; those of the first are in the order of their classes. Cells whose
+        affinity is NaN or minus infinity are no parents while others of their row have one.
+
+    Notes
+    -----
+    Uniform numbers have 24 bits: of more than 2**24 cells some cannot be drawn.
     """
     n_rows, n_cells = affinity.shape
-    # Weights relative to the best of the class: no class's sum is lost to underflow.
-    best = affinity.new_full((n_rows, n_classes), -torch.inf)
+    affinity, tau = replace_non_finite(affinity), _representable(tau, affinity)
+    # Weights relative to the best of the class: no class's sum is lost to underflow. Cells without
+    # an affinity weigh nothing.
+    lowest = torch.finfo(affinity.dtype).min
+    best = affinity.new_full((n_rows, n_classes), lowest)
     best.scatter_reduce_(1, labels, affinity, "amax")
     weights = torch.exp((affinity - best.gather(1, labels)) / tau)
-    total = weights.new_zeros(n_rows, n_classes).scatter_add_(1, labels, weights)
-    cumulative = weights.cumsum(dim=1)
+    # Sums in double precision: those of single precision stop growing at 2**24.
+    sums = weights.cumsum(dim=1, dtype=torch.float64)
+    cumulative = pad(sums, (1, 0))
     count = torch.zeros_like(labels[:, :1]).expand(n_rows, n_classes).clone()
     count.scatter_add_(1, labels, torch.ones_like(labels))
     stop = count.cumsum(dim=1)
-    below = total.cumsum(dim=1) - total
+    below, above = cumulative.gather(1, stop - count), cumulative.gather(1, stop)
 
     if selection == "global":
-        mass = total * torch.exp((best - best.amax(dim=1, keepdim=True)) / tau)
+        highest = best.amax(dim=1, keepdim=True)
+        mass = (above - below) * torch.exp((best - highest) / tau)
         edges = mass.cumsum(dim=1)
-        target = uniforms["first"].sort().values * edges[:, -1:]
-        child_labels = torch.searchsorted(edges, target, right=True).clamp_(max=n_classes - 1)
+        target = _below(uniforms["first"].sort().values * edges[:, -1:], edges[:, -1:])
+        child_labels = torch.searchsorted(edges, target, right=True)
         # Where in its class the draw lands, as a share of the class's mass.
         start_mass = (edges - mass).gather(1, child_labels)
         share = (target - start_mass) / mass.gather(1, child_labels)
@@ -217,15 +260,25 @@ def select_parents(affinity, labels, uniforms, tau, *, n_classes, selection):
         child_labels = labels
         share = uniforms["first"].expand(n_rows, n_cells)
 
+    lower, upper = below.gather(1, child_labels), above.gather(1, child_labels)
+
     def draw(share):
-        target = below.gather(1, child_labels) + share * total.gather(1, child_labels)
-        place = torch.searchsorted(cumulative, target, right=True)
-        last = stop.gather(1, child_labels) - 1
-        first = (stop - count).gather(1, child_labels)
-        # Rounding must not carry a draw over the edge of its class.
-        return place.clamp_(first, last)
+        # Rounding must not carry a draw over the edge of its class, where weights are 0.
+        target = _below(lower + share.clamp(min=0) * (upper - lower), upper)
+        return torch.searchsorted(sums, target, right=True)
 
     return draw(share), draw(uniforms["second"].expand(n_rows, n_cells))
+
+
+def _below(values, bounds):
+    """Keep values under their bounds."""
+    return torch.minimum(values, torch.nextafter(bounds, torch.zeros_like(bounds)))
+
+
+def _representable(tau, like):
+    """Give the nearest temperature above 0 that a tensor's dtype holds."""
+    info = torch.finfo(like.dtype)
+    return min(max(tau, info.tiny), info.max)
 
 
 def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover, out=None):
@@ -249,7 +302,10 @@ def cross_over(cells, affinity, first, second, uniforms, tau, *, crossover, out=
     """
     n_rows, n_cells, n_features = cells.shape
     if crossover == "affinity":
-        q = torch.sigmoid((affinity.gather(1, first) - affinity.gather(1, second)) / tau)
+        affinity, tau = replace_non_finite(affinity), _representable(tau, affinity)
+        # Cells without an affinity are parents only of each other: inf - inf.
+        better = (affinity.gather(1, first) - affinity.gather(1, second)).nan_to_num_(nan=0.0)
+        q = torch.sigmoid(better / tau)
     else:
         q = affinity.new_full((n_rows, n_cells), 0.5)
     offset = torch.arange(n_rows, device=cells.device)[:, None] * n_cells
@@ -309,7 +365,18 @@ class Population:
 
 
 def mature(
-    cells, labels, *, measure, draw, tau, schedule, domain, n_classes, keep_cells, on_decided
+    cells,
+    labels,
+    *,
+    measure,
+    draw,
+    tau,
+    schedule,
+    domain,
+    n_classes,
+    keep_cells,
+    on_decided,
+    layer=None,
 ):
     """Breed populations toward their antigens (Algorithm 1 of Wang et al. 2021).
 
@@ -317,7 +384,7 @@ def mature(
     ----------
     cells : torch.Tensor of shape (n, n_cells, n_features)
         The clones, not yet mutated; overwritten.
-    labels : torch.Tensor of shape (n_cells,), int64
+    labels : torch.Tensor of shape (n_cells,) or (n, n_cells), int64
         Their classes, in ascending order.
     measure : callable
         ``measure(cells, rows)``: affinities (m, n_cells) of the populations (m, n_cells,
@@ -334,10 +401,18 @@ def mature(
         Whether the final cells are wanted.
     on_decided : callable
         Called with the number of rows that leave after a generation.
+    layer : str, default=None
+        Name of the layer, for error messages.
 
     Returns
     -------
     Population
+        A cell without an affinity, which is NaN or minus infinity, is replaced by the best one.
+
+    Raises
+    ------
+    ValueError
+        If no cell of a population has an affinity.
     """
     n_rows, n_cells, _ = cells.shape
     step = n_rows
@@ -379,22 +454,31 @@ def mature(
                     out=bred,
                 )
             measured.append(measure(mutate_(bred, uniforms["steps"], domain), rows[part]))
-        affinity = torch.cat(measured)
-        affinity_curve[:, generation].index_copy_(0, rows, affinity.mean(dim=1))
-        count = affinity.new_zeros(len(rows), n_classes)
-        count.scatter_add_(1, labels, torch.ones_like(affinity))
-        class_curve[:, generation].index_copy_(0, rows, count / n_cells)
+        affinity = replace_non_finite(torch.cat(measured))
+        mean, n_missing = mean_affinity(affinity)
+        affinity_curve[:, generation].index_copy_(0, rows, mean)
+        count = torch.zeros_like(labels[:, :1]).expand(-1, n_classes).clone()
+        count.scatter_add_(1, labels, torch.ones_like(labels))
+        class_curve[:, generation].index_copy_(0, rows, count.to(affinity) / n_cells)
 
+        previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
+        done = (leader >= 0) & (leader == previous)
+        # The only place where the host waits for the device, once between two generations.
+        done, n_missing = torch.stack([done.to(n_missing), n_missing]).cpu()
+        if (n_missing == n_cells).any():
+            raise ValueError(
+                f"layers={layer!r}: all cells of a population have features or an affinity that "
+                "is NaN or infinite. The network or the affinity does not take mutated inputs: "
+                "set clip to the range that it takes, or use a smaller delta_max."
+            )
         leaving, staying = torch.arange(len(rows), device=rows.device), None
         if generation < schedule.generations:
-            if not schedule.early_stopping:
+            if not schedule.early_stopping or not done.any():
                 continue
-            previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
-            # The only place where the host waits for the device, once between two generations.
-            done = ((leader >= 0) & (leader == previous)).cpu()
-            if not done.any():
-                continue
+            done = done > 0
             leaving, staying = (d.nonzero()[:, 0].to(rows.device) for d in (done, ~done))
+        if n_missing.any():
+            affinity, labels, children = replace_missing(affinity, labels, children)
         on_decided(len(leaving))
         left = rows.index_select(0, leaving)
         n_generations.index_fill_(0, left, generation)
@@ -411,3 +495,43 @@ def mature(
     return Population(
         final_cells, final_labels, final_affinity, affinity_curve, class_curve, n_generations
     )
+
+
+def mean_affinity(affinity):
+    """Compute the mean affinity of the cells that have one.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+        Minus infinity for a cell without.
+
+    Returns
+    -------
+    mean : torch.Tensor of shape (n,)
+    n_missing : torch.Tensor of shape (n,), int64
+        Cells without.
+    """
+    missing = affinity == -torch.inf
+    n_missing = missing.sum(dim=1)
+    total = affinity.masked_fill(missing, 0).mean(dim=1, dtype=torch.float64)
+    n_cells = affinity.shape[1]
+    return (total * (n_cells / (n_cells - n_missing))).to(affinity), n_missing
+
+
+def replace_missing(affinity, labels, cells):
+    """Replace cells without an affinity by the best cell of their population.
+
+    Parameters
+    ----------
+    affinity, labels : torch.Tensor of shape (n, n_cells)
+    cells : torch.Tensor of shape (n, n_cells, n_features)
+
+    Returns
+    -------
+    affinity, labels, cells : torch.Tensor
+    """
+    best = affinity.argmax(dim=1, keepdim=True)
+    own = torch.arange(affinity.shape[1], device=affinity.device)
+    source = torch.where(affinity == -torch.inf, best, own)
+    rows = torch.arange(len(cells), device=cells.device)[:, None]
+    return affinity.gather(1, source), labels.gather(1, source), cells[rows, source]
