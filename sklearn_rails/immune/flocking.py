@@ -578,12 +578,13 @@ class ClassNeighbors:
         """Positions of the examples among those of :meth:`fit`, class after class."""
         return self._index
 
-    def examples_of(self, c):
+    def examples_of(self, c, device):
         """Return the examples of a class.
 
         Parameters
         ----------
         c : int
+        device : torch.device
 
         Returns
         -------
@@ -591,9 +592,13 @@ class ClassNeighbors:
         index : torch.Tensor of shape (n,), int64
             Their positions among those of :meth:`fit`.
         """
+        self._move_to(device)
         start = int(self._starts[c])
         members = slice(start, start + self._sizes[c])
-        return self._examples[members] + self._shift, self._index[members]
+        examples = self._examples[members]
+        if self._shift.any():
+            examples = examples + self._shift
+        return examples, self._index[members]
 
     def _move_to(self, device):
         for name in MOVED:

@@ -1,6 +1,7 @@
 """Sensing: raw threat scores by many methods, higher for more suspect.
 
-A sensor is made from :class:`CleanRows` and called with :class:`NewRows`.
+A sensor is made from :class:`CleanRows` and called with :class:`NewRows`. Its score of a row whose
+features are not finite is infinite, never NaN: such a row is the most suspect of all.
 """
 
 import functools
@@ -8,18 +9,23 @@ import functools
 import numpy as np
 import torch
 from scipy.ndimage import median_filter
-from torch.nn.functional import normalize, one_hot, pad
+from torch.nn.functional import one_hot, pad
 
+from .affinity import norm
 from .conformity import disagreement, nearest
 from .flocking import ClassNeighbors, flock_without_own
 
-# The block of distances that is held at a time.
+# The block of distances that is held at a time, in bytes.
 BLOCK_BYTES = 64 * 2**20
 
-# Clean rows that tell the bandwidth of a density, and, where there are more features than this,
-# the rows that tell a covariance: as many eigenvectors are kept at most.
+# Clean rows that tell the bandwidth of a density and where a class lies, and, where there are more
+# features than this, the rows that tell a covariance: as many eigenvectors are kept at most.
 BANDWIDTH_ROWS = 256
 COVARIANCE_ROWS = 2000
+
+# Clean rows that are so many times as far from their class as the median do not count in its mean
+# and covariance, which a single one of them would decide.
+FAR_RATIO = 1e6
 
 
 class CleanRows:
@@ -47,12 +53,44 @@ class CleanRows:
 
     @functools.cached_property
     def neighbors(self):
-        """The neighbours in each layer, for all sensors that ask for them."""
-        return {layer: _as_one_class(f) for layer, f in self.features.items()}
+        """The examples of each layer by class, the only copy that all sensors share."""
+        return {
+            layer: ClassNeighbors().fit(f, self.labels, self.n_classes)
+            for layer, f in self.features.items()
+        }
+
+    @functools.cached_property
+    def centers(self):
+        """Medians of some rows of each class in each layer, (n_classes, n_layer_features)."""
+        some = {}
+        for c in np.unique(self.labels):
+            rows = np.flatnonzero(self.labels == c)
+            some[c] = rows[sample_rows(len(rows), BANDWIDTH_ROWS)]
+        centers = {}
+        for layer, f in self.features.items():
+            centers[layer] = f.new_zeros(self.n_classes, f.shape[1])
+            for c, rows in some.items():
+                centers[layer][c] = f[rows].median(dim=0).values
+        return centers
 
     def spread(self, n_rows):
-        """Give positions of some rows, from all over."""
-        return np.unique(np.linspace(0, len(self.X) - 1, n_rows).astype(np.int64))
+        """Draw positions of some rows at random, the same each time."""
+        return sample_rows(len(self.X), n_rows)
+
+
+def sample_rows(n, size):
+    """Draw positions of some rows at random, the same for the same numbers.
+
+    Parameters
+    ----------
+    n, size : int
+
+    Returns
+    -------
+    ndarray of shape (min(n, size),), int64
+        In ascending order.
+    """
+    return np.sort(np.random.default_rng(0).choice(n, min(n, size), replace=False))
 
 
 class NewRows:
@@ -65,9 +103,28 @@ class NewRows:
     network : FeatureMap
     own : ndarray of shape (n,), default=None
         Each row's index among the clean rows, if it is one of them: it is judged without itself.
+
+    Attributes
+    ----------
+    usable : ndarray of shape (n,), bool
+        Whether a row's features are finite, and distances from it too. Others are replaced by
+        zeros.
     """
 
     def __init__(self, X, features, network, own=None):
+        usable = True
+        for f in features.values():
+            usable = usable & (norm(f) < torch.finfo(f.dtype).max / 4).cpu()
+        self.usable = usable.numpy()
+        if not self.usable.all():
+            features = {
+                layer: f.masked_fill(~usable.to(f.device)[:, None], 0)
+                for layer, f in features.items()
+            }
+            if isinstance(X, torch.Tensor):
+                X = X.masked_fill(~usable.to(X.device)[:, None], 0)
+            else:
+                X = np.where(self.usable[:, None], X, X.dtype.type(0))
         self.X = X
         self.features = features
         self.network = network
@@ -89,8 +146,9 @@ class NewRows:
     def nearest(self, layer, neighbors, n_neighbors):
         """Find the nearest clean rows, as :func:`~sklearn_rails.immune.conformity.nearest`."""
         if layer not in self._nearest:
+            features = self.features[layer]
             self._nearest[layer] = nearest(
-                neighbors[layer], self.features[layer], n_neighbors, self.own
+                neighbors[layer].pooled(features.device), features, n_neighbors, self.own
             )
         return self._nearest[layer]
 
@@ -102,13 +160,37 @@ class LoadsAnywhere:
         return {name: _on_host(value) for name, value in vars(self).items()}
 
 
+class Sensor(LoadsAnywhere):
+    """What scores rows."""
+
+    def __call__(self, rows):
+        """Score new rows.
+
+        Parameters
+        ----------
+        rows : NewRows
+
+        Returns
+        -------
+        ndarray of shape (n, n_scores), float64
+            Infinite where a row's features, or the score itself, are not finite numbers.
+        """
+        scores = self.score(rows)
+        return np.where(rows.usable[:, None] & ~np.isnan(scores), scores, np.inf)
+
+
 def _on_host(value):
     if isinstance(value, dict):
         return {key: _on_host(v) for key, v in value.items()}
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-class NeighborsSensor:
+def _in_double(values):
+    """Give values in double precision, on the host where their device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+class NeighborsSensor(Sensor):
     """A sensor that looks at the k nearest clean rows in each layer."""
 
     def __init__(self, clean):
@@ -131,7 +213,7 @@ class Credibility(NeighborsSensor):
     distance is left.
     """
 
-    def __call__(self, rows):
+    def score(self, rows):
         """Score new rows: an ndarray of shape (n, 1), float64."""
         against, distance = 0, 0
         for radius, index in self._nearest(rows):
@@ -142,19 +224,16 @@ class Credibility(NeighborsSensor):
         return (against.min(dim=1).values + distance).numpy()[:, None]
 
 
-class Disagreement:
+class Disagreement(Sensor):
     """By how much another class is nearer than the class that the network predicts.
 
     A class is as near as the nearest of its rows.
     """
 
     def __init__(self, clean):
-        self._neighbors = {
-            layer: ClassNeighbors().fit(f, clean.labels, clean.n_classes)
-            for layer, f in clean.features.items()
-        }
+        self._neighbors = clean.neighbors
 
-    def __call__(self, rows):
+    def score(self, rows):
         """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for layer, features in rows.features.items():
@@ -168,116 +247,173 @@ class Disagreement:
 
 
 class LocalIntrinsicDimensionality(NeighborsSensor):
-    """Dimension in which the neighbours seem to lie (Ma et al. 2018)."""
+    """Dimension in which the neighbours seem to lie (Ma et al. 2018).
 
-    def __call__(self, rows):
+    It is infinite where all neighbours are equally far, and 0 where one of them, or all, are at
+    distance 0: the estimate's limits from below and from above.
+    """
+
+    def score(self, rows):
         """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for distance, _ in self._nearest(rows):
-            distance = distance.clamp_min(torch.finfo(distance.dtype).tiny)
             # The last term is always 0.
-            columns.append(-1 / (distance / distance[:, -1:]).log().mean(dim=1))
+            mean = -(distance / distance[:, -1:]).log().mean(dim=1)
+            mean = mean.masked_fill(distance[:, 0] == 0, torch.inf)
+            # abs, since minus zero has an inverse of its own.
+            columns.append(1 / mean.abs())
         return torch.stack(columns, dim=1).numpy()
 
 
-class Distance:
+class Distance(Sensor):
     """Distance of the k-th neighbour on L2-normalised features (Sun et al. 2022)."""
 
     def __init__(self, clean):
         self._n_neighbors = clean.n_neighbors
-        self._neighbors = {
-            layer: _as_one_class(normalize(f, dim=1)) for layer, f in clean.features.items()
-        }
+        self._neighbors = clean.neighbors
+        self._lengths = {}
+        for layer, features in clean.features.items():
+            lengths = norm(features)[clean.neighbors[layer].index]
+            self._lengths[layer] = lengths.masked_fill(lengths == 0, torch.inf)
 
-    def __call__(self, rows):
+    def score(self, rows):
         """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for layer, features in rows.features.items():
-            distance, _ = nearest(
-                self._neighbors[layer], normalize(features, dim=1), self._n_neighbors, rows.own
-            )
+            lengths = self._lengths[layer].to(features.device)
+            neighbors = self._neighbors[layer].pooled(features.device, lengths)
+            distance, _ = nearest(neighbors, features, self._n_neighbors, rows.own)
             columns.append(distance[:, -1])
         return torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
 
 
-class KernelDensity(LoadsAnywhere):
+class KernelDensity(Sensor):
     """Minus the log density of the class that the network predicts (Feinman et al. 2017)."""
 
     def __init__(self, clean):
+        self._neighbors = clean.neighbors
         # Without a network all rows are of one class.
-        labels = clean.labels if clean.network.has_network else np.zeros_like(clean.labels)
-        self._labels = torch.from_numpy(labels)
-        self._examples, self._center, self._bandwidth = {}, {}, {}
+        self._has_classes = clean.network.has_network
+        self._bandwidth, self._centers = {}, {}
         own = clean.spread(BANDWIDTH_ROWS)
         for layer, features in clean.features.items():
-            radius = nearest(clean.neighbors[layer], features[own], clean.n_neighbors, own)[0]
+            pooled = clean.neighbors[layer].pooled(features.device)
+            radius = nearest(pooled, features[own], clean.n_neighbors, own)[0]
             spread = float(radius[:, -1].median())
             self._bandwidth[layer] = spread if spread > 0 else 1.0
-            self._center[layer] = features.mean(dim=0)
-            self._examples[layer] = features - self._center[layer]
+            self._centers[layer] = clean.centers[layer]
+            if not self._has_classes:
+                self._centers[layer] = features[own].median(dim=0, keepdim=True).values
 
-    def __call__(self, rows):
+    def score(self, rows):
         """Score new rows: an ndarray of shape (n, n_layers), float64."""
-        device = rows.labels.device
-        own = None if rows.own is None else torch.from_numpy(rows.own).to(device)
-        labels = self._labels.to(device)
         columns = []
         for layer, features in rows.features.items():
-            examples = self._examples[layer].to(device)
-            centered = features - self._center[layer].to(device)
-            squares = examples.square().sum(dim=1)
-            step = max(1, BLOCK_BYTES // (len(examples) * features.element_size()))
-            parts = []
-            for block in torch.arange(len(features), device=device).split(step):
-                near = torch.addmm(squares, centered[block], examples.T, alpha=-2)
-                near = (near + centered[block].square().sum(dim=1)[:, None]).clamp_(min=0)
-                counted = labels == rows.labels[block, None]
-                if own is not None:
-                    counted.scatter_(1, own[block, None], False)
-                near = (near / -(self._bandwidth[layer] ** 2)).masked_fill_(~counted, -torch.inf)
-                parts.append(counted.sum(dim=1).log() - near.logsumexp(dim=1))
-            # A class without any rows has no density.
-            columns.append(torch.cat(parts).nan_to_num(nan=torch.inf))
-        return torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
+            own = None if rows.own is None else torch.from_numpy(rows.own).to(features.device)
+            neighbors = self._neighbors[layer]
+            if not self._has_classes:
+                neighbors = neighbors.pooled(features.device)
+            centers = self._centers[layer].to(features.device)
+            scores = features.new_zeros(len(features), dtype=torch.float64, device="cpu")
+            for c in rows.labels.unique().tolist():
+                chosen = (rows.labels == c).nonzero()[:, 0]
+                examples, index = neighbors.examples_of(c, features.device)
+                left_out = None if own is None else own[chosen]
+                scores[chosen.cpu()] = self._score_class(
+                    features[chosen], examples, centers[c], self._bandwidth[layer], left_out, index
+                ).cpu()
+            columns.append(scores)
+        return torch.stack(columns, dim=1).numpy()
+
+    def _score_class(self, features, examples, center, bandwidth, own, index):
+        """Score rows by the density of one class, without their own rows."""
+        if len(examples) == 0:
+            return torch.full((len(features),), torch.inf, dtype=torch.float64)
+        # Differences from within the class, in double precision: small distances are what counts.
+        center = _in_double(center)
+        step = max(1, BLOCK_BYTES // (8 * max(features.shape[1], len(examples))))
+        scores = []
+        for rows in torch.arange(len(features), device=features.device).split(step):
+            moved = _in_double(features[rows]) - center
+            near = []
+            for piece in examples.split(step):
+                other = _in_double(piece) - center
+                near.append(torch.addmm(other.square().sum(dim=1), moved, other.T, alpha=-2))
+            near = torch.cat(near, dim=1).add_(moved.square().sum(dim=1)[:, None]).clamp_(min=0)
+            near.div_(-(bandwidth**2))
+            count = len(examples)
+            if own is not None:
+                same = (own[rows, None] == index).to(near.device)
+                near.masked_fill_(same, -torch.inf)
+                count = count - same.sum(dim=1)
+            scores.append(torch.as_tensor(count).log() - near.logsumexp(dim=1))
+        # A class without any other rows has no density.
+        return torch.cat(scores).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-class Mahalanobis(LoadsAnywhere):
+class Mahalanobis(Sensor):
     """Squared Mahalanobis distance of the nearest class mean (Lee et al. 2018).
 
-    The covariance within the classes is shared by all of them, and shrunk.
+    The covariance within the classes is shared by all of them, and shrunk. Rows that are a million
+    times as far from their class as others count neither in its mean nor in the covariance.
     """
 
     def __init__(self, clean):
         self._labels = torch.from_numpy(clean.labels)
-        self._counts = torch.bincount(self._labels, minlength=clean.n_classes).double()
-        self._origin, self._means, self._whiten, self._weight = {}, {}, {}, {}
+        self._counts, self._origin, self._means, self._whiten, self._weight = {}, {}, {}, {}, {}
         for layer, features in clean.features.items():
-            labels, counts = self._labels.to(features.device), self._counts.to(features)
-            self._origin[layer] = origin = features.mean(dim=0)
-            means = features.new_zeros(clean.n_classes, features.shape[1])
-            means.index_add_(0, labels, features - origin).div_(counts.clamp(min=1)[:, None])
-            used = np.arange(len(features))
-            if features.shape[1] > COVARIANCE_ROWS:
-                used = clean.spread(COVARIANCE_ROWS)
-            whiten = ShrunkWhitening(features[used] - origin - means[labels[used]])
+            labels = self._labels.to(features.device)
+            counted = self._count_rows(features, labels, clean.centers[layer])
+            # What is far from zero is looked at from near by.
+            self._origin[layer] = origin = _in_double(clean.centers[layer].median(dim=0).values)
+            used = clean.spread(COVARIANCE_ROWS)
+            if features.shape[1] <= COVARIANCE_ROWS:
+                used = np.arange(len(features))
+            used = used[counted[used].numpy()]
+            self._counts[layer] = counts = torch.bincount(
+                self._labels[counted], minlength=clean.n_classes
+            ).double()
+            means = origin.new_zeros(clean.n_classes, features.shape[1])
+            step = max(1, BLOCK_BYTES // (8 * features.shape[1]))
+            for rows in counted.nonzero()[:, 0].split(step):
+                rows = rows.to(features.device)
+                values = _in_double(features[rows]) - origin
+                means.index_add_(0, labels[rows].to(values.device), values)
+            means.div_(counts.clamp(min=1).to(means.device)[:, None])
+            residuals = _in_double(features[used]) - origin
+            residuals -= means[labels[used].to(means.device)]
+            whiten = ShrunkWhitening(residuals)
             self._means[layer], self._whiten[layer] = whiten(means), whiten
             # A row's part in the covariance.
             self._weight[layer] = torch.zeros(len(features), dtype=torch.float64)
             self._weight[layer][used] = (1 - whiten.shrinkage) / len(used)
+            self._weight[layer][~counted] = torch.nan
 
-    def __call__(self, rows):
+    @staticmethod
+    def _count_rows(features, labels, centers):
+        """Tell which rows count: a row that is far out by orders of magnitude does not."""
+        step = max(1, BLOCK_BYTES // features[0].nbytes)
+        parts = [
+            norm(features[rows] - centers[labels[rows]])
+            for rows in torch.arange(len(features), device=features.device).split(step)
+        ]
+        away = torch.cat(parts).cpu().double()
+        some = away[away > 0]
+        return away <= FAR_RATIO * some.median() if len(some) else torch.ones_like(away) > 0
+
+    def score(self, rows):
         """Score new rows: an ndarray of shape (n, n_layers), float64."""
         columns = []
         for layer, features in rows.features.items():
             white, means = self._whitened(layer, features)
-            squares = self._squares(white, means).cpu().double()
+            squares = self._squares(layer, white, means).cpu()
             if rows.own is not None:
                 squares = self._leave_out(layer, squares, white, means, rows.own)
             columns.append(squares.amin(dim=1))
         return torch.stack(columns, dim=1).numpy()
 
     def squared_distances(self, layer, features):
-        """Give the squared distances of all class means.
+        """Compute the squared distances of all class means.
 
         Parameters
         ----------
@@ -286,16 +422,20 @@ class Mahalanobis(LoadsAnywhere):
 
         Returns
         -------
-        torch.Tensor of shape (n, n_classes)
+        torch.Tensor of shape (n, n_classes), float64
             Infinite for a class without rows.
         """
-        return self._squares(*self._whitened(layer, features))
+        return self._squares(layer, *self._whitened(layer, features))
 
-    def _squares(self, white, means):
-        squares = torch.cdist(white, means).square()
-        return squares.masked_fill(self._counts.to(squares.device) == 0, torch.inf)
+    def _squares(self, layer, white, means):
+        # Of differences, never by a matrix product, whose error grows with the means.
+        distances = torch.cdist(white, means, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.square().masked_fill(
+            self._counts[layer].to(distances.device) == 0, torch.inf
+        )
 
     def _whitened(self, layer, features):
+        features = _in_double(features)
         origin, means = (part[layer].to(features.device) for part in (self._origin, self._means))
         return self._whiten[layer](features - origin), means
 
@@ -304,11 +444,13 @@ class Mahalanobis(LoadsAnywhere):
         labels = self._labels[own]
         residual = white - means[labels.to(means.device)]
         # Products with the differences to all means.
-        products = ((white * residual).sum(dim=1)[:, None] - residual @ means.T).cpu().double()
-        counts = self._counts[labels][:, None]
+        products = ((white * residual).sum(dim=1)[:, None] - residual @ means.T).cpu()
+        counts, weight = self._counts[layer][labels][:, None], self._weight[layer][own][:, None]
         growth = torch.where(counts > 1, counts / (counts - 1), torch.inf)
-        weight = (self._weight[layer][own][:, None] * growth).nan_to_num(posinf=0.0)
-        own_square = residual.square().sum(dim=1)[:, None].cpu().double()
+        # Rows that do not count are in no mean.
+        growth, weight = growth.masked_fill(weight.isnan(), 1), weight.nan_to_num(nan=0.0)
+        weight = (weight * growth).nan_to_num(nan=0.0, posinf=0.0)
+        own_square = residual.square().sum(dim=1)[:, None].cpu()
         left = (1 - weight * own_square).clamp(min=torch.finfo(torch.float32).eps)
         squares = squares + weight * products.square() / left
         own_class = (growth * growth * own_square / left).nan_to_num(nan=torch.inf)
@@ -323,7 +465,7 @@ class ShrunkWhitening(LoadsAnywhere):
 
     Parameters
     ----------
-    residuals : torch.Tensor of shape (n, n_features)
+    residuals : torch.Tensor of shape (n, n_features), float64
         Centred rows.
 
     Attributes
@@ -332,9 +474,11 @@ class ShrunkWhitening(LoadsAnywhere):
     """
 
     def __init__(self, residuals):
-        # Where there is no double precision, the host has it.
-        rows = (residuals.cpu() if residuals.device.type == "mps" else residuals).double()
-        n, d = rows.shape
+        n, d = residuals.shape
+        # Fourth powers are computed, which must not overflow.
+        size = residuals.abs().max()
+        size = torch.where(size > 0, size, 1)
+        rows = residuals / size
         norms = rows.square().sum(dim=1)
         if d <= n:
             values, vectors = torch.linalg.eigh(rows.T @ rows / n)
@@ -349,16 +493,16 @@ class ShrunkWhitening(LoadsAnywhere):
         # Never none at all, since the residuals need not span the space.
         self.shrinkage = float((noise / spread).nan_to_num(nan=1.0).clamp(1e-6, 1.0))
         floor = self.shrinkage * mean if mean > 0 else torch.ones_like(mean)
-        self._scales = ((1 - self.shrinkage) * values + floor).rsqrt().to(residuals)
-        self._rest = float(floor.rsqrt())
-        self._vectors = vectors.to(residuals)
+        self._scales = ((1 - self.shrinkage) * values + floor).rsqrt() / size
+        self._rest = float(floor.rsqrt() / size)
+        self._vectors = vectors
 
     def __call__(self, features):
-        """Give coordinates in which the covariance is the identity.
+        """Compute coordinates in which the covariance is the identity.
 
         Parameters
         ----------
-        features : torch.Tensor of shape (n, n_features)
+        features : torch.Tensor of shape (n, n_features), float64
 
         Returns
         -------
@@ -373,7 +517,7 @@ class ShrunkWhitening(LoadsAnywhere):
         return torch.cat([white, (features - along @ vectors.T) * self._rest], dim=1)
 
 
-class FeatureSqueezing:
+class FeatureSqueezing(Sensor):
     """How far the network's probabilities move when the input is simplified (Xu et al. 2018).
 
     The input is rounded to few levels, and an image is smoothed by a median filter of two by two
@@ -387,7 +531,7 @@ class FeatureSqueezing:
         n_bits = 1 if len(self._shape) == 3 and self._shape[0] == 1 else 5
         self._n_steps = 2**n_bits - 1
 
-    def __call__(self, rows):
+    def score(self, rows):
         """Score new rows: an ndarray of shape (n, 1), float64."""
         before = soft_labels(rows.outputs.cpu().double())
         moved = [
@@ -409,7 +553,8 @@ class FeatureSqueezing:
         """
         X = X.cpu().numpy() if isinstance(X, torch.Tensor) else X
         span = self._high - self._low or 1.0
-        levels = np.round((X - self._low) / span * self._n_steps)
+        # In double precision, in which no difference overflows.
+        levels = np.round((X.astype(np.float64) - self._low) / span * self._n_steps)
         yield (levels / self._n_steps * span + self._low).astype(X.dtype)
         if len(self._shape) == 3:
             images = X.reshape(-1, *self._shape)
@@ -429,11 +574,6 @@ def soft_labels(outputs):
     torch.Tensor of shape (n, n_classes)
     """
     return (outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))).softmax(dim=1)
-
-
-def _as_one_class(features):
-    neighbors = ClassNeighbors()
-    return neighbors.fit(features, np.zeros(len(features), dtype=np.int64), n_classes=1)
 
 
 # What ThreatScorer's `method` can be, and what of it is about a network's answers.

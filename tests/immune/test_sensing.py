@@ -127,7 +127,7 @@ def test_mahalanobis_is_to_the_nearest_mean_and_without_a_row_itself(net, rows, 
     network = map_of(net)
     sensor = SENSORS["mahalanobis"](CleanRows(X, network(X), y, N_CLASSES + 1, K, network))
     features = network(X)["1"].double().numpy()
-    used = np.linspace(0, len(X) - 1, 4).astype(int) if few else np.arange(len(X))
+    used = sensing.sample_rows(len(X), 4) if few else np.arange(len(X))
     means = np.stack([features[y == c].mean(axis=0) for c in range(N_CLASSES + 1)])
     residuals = (features - means[y])[used]
     scatter = residuals.T @ residuals / len(used)
