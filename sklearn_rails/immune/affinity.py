@@ -38,8 +38,8 @@ def affinity_to(affinity, antigens, features, *, overwrite_features=False):
         return -norm(torch.sub(features, antigens[:, None], out=out))
     if affinity == "cosine":
         lengths = norm(features)
-        if not bool((lengths > torch.finfo(lengths.dtype).eps ** 4).all()) or lengths.isinf().any():
-            features, lengths = normalize_rows(features), torch.ones_like(lengths)
+        if not _within(lengths, torch.finfo(lengths.dtype).eps ** 4):
+            features, lengths = normalize_rows(features), 1
         products = torch.mul(features, normalize_rows(antigens)[:, None], out=out)
         return products.sum(dim=2) / lengths
     if affinity == "inner_product":
@@ -82,12 +82,9 @@ def norm(vectors):
             return norms.to(vectors.dtype)
     else:
         norms = torch.linalg.vector_norm(vectors, dim=-1)
-    if norms.numel() == 0:
-        return norms
     info = torch.finfo(norms.dtype)
     smallest = (vectors.shape[-1] * info.tiny / info.eps) ** 0.5
-    low, high = torch.aminmax(norms)
-    if low > smallest and high < torch.inf:
+    if _within(norms, smallest):
         return norms
     extreme = ~((norms > smallest) & (norms < torch.inf))
     few = vectors[extreme]
@@ -109,10 +106,21 @@ def normalize_rows(vectors):
     torch.Tensor of shape (..., n_features)
         Zeros where the vector is zero.
     """
+    lengths = norm(vectors)
+    if _within(lengths, torch.finfo(lengths.dtype).eps ** 4):
+        return vectors / lengths[..., None]
     largest = vectors.abs().amax(dim=-1, keepdim=True)
     scaled = vectors / torch.where(largest > 0, largest, 1)
     lengths = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return scaled / torch.where(lengths > 0, lengths, 1)
+
+
+def _within(norms, smallest):
+    """Check that all norms are larger than a number, and finite."""
+    if norms.numel() == 0:
+        return True
+    low, high = torch.aminmax(norms)
+    return low.item() > smallest and high.item() < torch.inf
 
 
 def replace_non_finite(affinity):

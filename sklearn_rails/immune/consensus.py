@@ -55,11 +55,10 @@ def unanimous_class(affinity, labels, n_plasma):
     torch.Tensor of shape (n,), int64
         The class, or -1 where the plasma is divided or no cell has an affinity.
     """
-    best = fittest(affinity, n_plasma)
-    plasma = labels.gather(1, best)
-    silent = ~(affinity.gather(1, best) > -torch.inf)
-    agree = ((plasma == plasma[:, :1]) | silent).all(dim=1) & ~silent[:, 0]
-    return torch.where(agree, plasma[:, 0], -1)
+    ranking = replace_non_finite(affinity).sort(dim=1, descending=True, stable=True)
+    plasma, silent = labels.gather(1, ranking.indices[:, :n_plasma]), ranking.values == -torch.inf
+    agree = ((plasma == plasma[:, :1]) | silent[:, :n_plasma]).all(dim=1)
+    return torch.where(agree, plasma[:, 0], -1).masked_fill_(silent[:, 0], -1)
 
 
 def count_votes(labels, n_classes):

@@ -27,7 +27,7 @@ BLOCK_BYTES = 64 * 2**20
 PIECE_BYTES = 2 * 2**20
 
 # What goes to the device of the queries, whatever the storage.
-MOVED = ("_index", "_starts", "_shift", "_center", "_offsets")
+MOVED = ("_index", "_starts", "_shift", "_origin", "_center", "_offsets")
 
 # tau="scale" is this share of the spread of a row's flocked neighbours.
 TAU_SHARE = 0.2
@@ -190,7 +190,7 @@ class ClassNeighbors:
             scaled = (features - self._shift) * self._scale
             features = scaled.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
             error = torch.linalg.vector_norm(scaled - features, dim=1).max()
-            self._error = max(self._error, float(error))
+            self._error = max(self._error, min(float(error), torch.finfo(error.dtype).max))
         place = place.to(self._examples.device)
         self._examples.index_copy_(0, place, features.to(self._examples.device))
         return self
@@ -216,6 +216,9 @@ class ClassNeighbors:
             exponent = np.frexp(typical)[1] if 0 < typical < np.inf else 0
             if abs(exponent) > MAX_EXPONENT:
                 self._unit = 2.0 ** -float(np.clip(exponent, -100, 100))
+        # A feature is either stored as differences or has a centre, so this rounds nothing.
+        self._origin, self._has_shift = self._shift + self._center, bool(self._shift.any())
+        self._center_norm = float(norm(self._center)) * self._unit
         offsets, largest = [], 0.0
         # So that no example has the score of one that is not there.
         lowest = -torch.finfo(self._shift.dtype).max / 8
@@ -322,7 +325,6 @@ class ClassNeighbors:
         unit_length = self.affinity == "cosine" or self._lengths is not None
         if unit_length:
             queries = normalize_rows(queries)
-        has_shift = bool(self._shift.any())
 
         def take(places):
             if recall is not None:
@@ -330,7 +332,7 @@ class ClassNeighbors:
             else:
                 places = places.to(self._examples.device)
                 examples = self._examples.index_select(0, places).to(queries)
-                if has_shift:
+                if self._has_shift:
                     examples.add_(self._shift)
                 if self._lengths is None:
                     return examples
@@ -392,19 +394,17 @@ class ClassNeighbors:
         if callable(self.affinity):
             return self._compare_with_all(queries, n_neighbors, take)
         if self._lengths is None:
-            moved = (queries - self._shift).mul_(self._scale).sub_(self._center).mul_(self._unit)
+            moved = queries - self._origin
+            if self._scale * self._unit != 1:
+                moved.mul_(self._scale * self._unit)
         else:
             moved = queries
         norms = torch.linalg.vector_norm(moved, dim=1)
         top, places = self._find_candidates(moved, n_candidates)
         # What the error of the scores may have put behind the last that is wanted, or before it.
         wanted = top[..., n_neighbors - 1 : n_neighbors]
-        bar = wanted - 2 * self._score_error(moved, norms[:, None, None], wanted)
-        bar = bar.nan_to_num_(nan=-torch.inf).clamp_(min=torch.finfo(top.dtype).min)
-        contends = top >= bar
-        n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
-        overflows = self._overflows(norms, top[..., :n_neighbors])
-        if overflows.any():
+        overflows = self._find_overflows(norms, top[..., :n_neighbors])
+        if overflows is not None:
             usable = ~overflows
             affinity = queries.new_empty(*top.shape[:2], n_neighbors)
             ranked = places.new_empty(affinity.shape)
@@ -415,6 +415,9 @@ class ClassNeighbors:
                 if rows.any():
                     affinity[rows], ranked[rows] = search(queries[rows], n_neighbors, take)
             return affinity, ranked
+        bar = wanted - 2 * self._score_error(moved, norms[:, None, None], wanted)
+        contends = top >= bar.clamp_(min=torch.finfo(top.dtype).min)
+        n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
         affinity, ranked = self._rank(queries, places[..., :n_contenders], n_neighbors, take)
         if n_contenders == n_candidates < max(self._sizes):
             # Something that was left out may stand above the last that is wanted.
@@ -484,27 +487,31 @@ class ClassNeighbors:
             return unit * (2 + 2 * shift / float(self._lengths.min()))
         if self.affinity == "inner_product":
             return norms * (unit * self._largest + self._error)
-        center = float(norm(self._center)) * self._unit
-        constant = ((moved * self._unit) * self._center).sum(dim=1)[:, None, None]
-        score = wanted - constant
+        score = wanted
+        if self._center_norm > 0:
+            score = wanted - torch.mv(moved, self._center * self._unit)[:, None, None]
         # Scores of examples that are 4 times as far from the centre as the query err by a share
         # of the score, however far they are.
-        near = (4 * norms).clamp(max=self._largest)
-        error = unit * (norms * (center + near) + near.square() + 10 * score.abs())
-        error = error + moved.shape[1] * info.tiny
+        near = (4 * norms).clamp_(max=self._largest)
+        error = (norms + near).mul_(near).add_(norms, alpha=self._center_norm)
+        error = torch.add(error, score.abs(), alpha=10).mul_(unit).add_(moved.shape[1] * info.tiny)
         if self._error == 0:
             return error
         # An example that is e away from where it should be has a distance that errs by e.
         distance = (norms.square() - 2 * score).clamp_(min=0).sqrt_()
         return error + self._error * (distance + self._error)
 
-    def _overflows(self, norms, top):
-        """Tell for which queries the scores may have overflowed."""
+    def _find_overflows(self, norms, top):
+        """Tell for which queries the scores may have overflowed; None if for none."""
         limit = torch.finfo(top.dtype).max / 16
         reach = 1.0 if self._lengths is not None else self._largest
-        reach = reach + float(norm(self._center)) * self._unit
+        reach = reach + self._center_norm
+        low, high = torch.aminmax(top)
+        if norms.max().item() * reach < limit and -limit < low.item() and high.item() < limit:
+            return None
         there = top.masked_fill(top == -torch.inf, 0)
-        return ~((norms * reach < limit) & (there.abs() < limit).all(dim=2).all(dim=1))
+        overflows = ~((norms * reach < limit) & (there.abs() < limit).all(dim=2).all(dim=1))
+        return overflows if overflows.any() else None
 
     def _rank(self, queries, places, n_neighbors, take):
         """Order candidates by their exact affinity, ties by index, and keep the best.
@@ -537,7 +544,8 @@ class ClassNeighbors:
                 exact[rows, left : left + n_columns] = affinity_to(
                     self.affinity, queries[rows], examples, overwrite_features=True
                 )
-        if not torch.isfinite(exact).all():
+        low, high = torch.aminmax(exact)
+        if not -torch.inf < low.item() <= high.item() < torch.inf:
             if not callable(self.affinity):
                 raise ValueError(
                     f"affinity={self.affinity!r} of some rows and training rows is not finite, or "
@@ -596,7 +604,7 @@ class ClassNeighbors:
         start = int(self._starts[c])
         members = slice(start, start + self._sizes[c])
         examples = self._examples[members]
-        if self._shift.any():
+        if self._has_shift:
             examples = examples + self._shift
         return examples, self._index[members]
 

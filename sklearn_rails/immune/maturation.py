@@ -17,6 +17,9 @@ from .consensus import unanimous_class
 # On a CPU cells of so many bytes are bred at a time, to stay in the caches between the operators.
 CACHE_BYTES = 4 * 2**20
 
+# Times this, a number in double precision is the next smaller one, or the one after that.
+BELOW_ONE = 1 - 2**-53
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -134,10 +137,8 @@ def clone_neighbors(index, n_cells):
         If a row has no neighbours.
     """
     n_found = (index >= 0).sum(dim=2)
-    different = (n_found != n_found[0]).any(dim=1).nonzero()[:, 0]
-    if len(different) == 0:
-        parents, labels = _clone_alike(index, n_found[0], n_cells)
-        return parents, labels
+    if bool((n_found == n_found[0]).all()):
+        return _clone_alike(index, n_found[0], n_cells)
     # Only an approximate index finds more for one row than for another.
     clones = [_clone_alike(index[[i]], n_found[i], n_cells) for i in range(len(index))]
     parents, labels = zip(*clones, strict=True)
@@ -251,28 +252,24 @@ def select_parents(affinity, labels, uniforms, tau, *, n_classes, selection):
         highest = best.amax(dim=1, keepdim=True)
         mass = (above - below) * torch.exp((best - highest) / tau)
         edges = mass.cumsum(dim=1)
-        target = _below(uniforms["first"].sort().values * edges[:, -1:], edges[:, -1:])
+        target = uniforms["first"].sort().values * edges[:, -1:]
+        target = torch.minimum(target, edges[:, -1:] * BELOW_ONE)
         child_labels = torch.searchsorted(edges, target, right=True)
         # Where in its class the draw lands, as a share of the class's mass.
         start_mass = (edges - mass).gather(1, child_labels)
-        share = (target - start_mass) / mass.gather(1, child_labels)
+        share = ((target - start_mass) / mass.gather(1, child_labels)).clamp_(min=0)
     else:
         child_labels = labels
         share = uniforms["first"].expand(n_rows, n_cells)
 
     lower, upper = below.gather(1, child_labels), above.gather(1, child_labels)
+    width, last = upper - lower, upper * BELOW_ONE
 
     def draw(share):
         # Rounding must not carry a draw over the edge of its class, where weights are 0.
-        target = _below(lower + share.clamp(min=0) * (upper - lower), upper)
-        return torch.searchsorted(sums, target, right=True)
+        return torch.searchsorted(sums, torch.minimum(lower + share * width, last), right=True)
 
     return draw(share), draw(uniforms["second"].expand(n_rows, n_cells))
-
-
-def _below(values, bounds):
-    """Keep values under their bounds."""
-    return torch.minimum(values, torch.nextafter(bounds, torch.zeros_like(bounds)))
 
 
 def _representable(tau, like):
@@ -455,29 +452,34 @@ def mature(
                 )
             measured.append(measure(mutate_(bred, uniforms["steps"], domain), rows[part]))
         affinity = replace_non_finite(torch.cat(measured))
-        mean, n_missing = mean_affinity(affinity)
-        affinity_curve[:, generation].index_copy_(0, rows, mean)
+        mean = affinity.mean(dim=1)
         count = torch.zeros_like(labels[:, :1]).expand(-1, n_classes).clone()
         count.scatter_add_(1, labels, torch.ones_like(labels))
         class_curve[:, generation].index_copy_(0, rows, count.to(affinity) / n_cells)
 
-        previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
-        done = (leader >= 0) & (leader == previous)
+        done = torch.zeros_like(rows, dtype=torch.bool)
+        if schedule.early_stopping and generation < schedule.generations:
+            previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
+            done = (leader >= 0) & (leader == previous)
         # The only place where the host waits for the device, once between two generations.
-        done, n_missing = torch.stack([done.to(n_missing), n_missing]).cpu()
-        if (n_missing == n_cells).any():
-            raise ValueError(
-                f"layers={layer!r}: all cells of a population have features or an affinity that "
-                "is NaN or infinite. The network or the affinity does not take mutated inputs: "
-                "set clip to the range that it takes, or use a smaller delta_max."
-            )
+        done, regular = torch.stack([done, mean.isfinite()]).cpu()
+        regular = bool(regular.all())
+        if not regular:
+            mean, n_missing = mean_affinity(affinity)
+            if (n_missing == n_cells).any():
+                raise ValueError(
+                    f"layers={layer!r}: all cells of a population have features or an affinity "
+                    "that is NaN or infinite. The network or the affinity does not take mutated "
+                    "inputs: set clip to the range that it takes, or use a smaller delta_max."
+                )
+        affinity_curve[:, generation].index_copy_(0, rows, mean)
+
         leaving, staying = torch.arange(len(rows), device=rows.device), None
         if generation < schedule.generations:
-            if not schedule.early_stopping or not done.any():
+            if not done.any():
                 continue
-            done = done > 0
             leaving, staying = (d.nonzero()[:, 0].to(rows.device) for d in (done, ~done))
-        if n_missing.any():
+        if not regular:
             affinity, labels, children = replace_missing(affinity, labels, children)
         on_decided(len(leaving))
         left = rows.index_select(0, leaving)
