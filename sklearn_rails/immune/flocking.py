@@ -5,6 +5,7 @@ import errno
 import os
 import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -339,7 +340,9 @@ class ClassNeighbors:
             return normalize_rows(examples) if unit_length else examples
 
         # The caller's autocast would compute products in half precision.
-        with torch.autocast(queries.device.type, enabled=False):
+        kind = queries.device.type
+        is_cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
             if self._indexes is not None:
                 places = self._ask_indexes(queries, n_neighbors)
                 affinity, places = self._rank(queries, places, n_neighbors, take)
@@ -489,12 +492,13 @@ class ClassNeighbors:
             return norms * (unit * self._largest + self._error)
         score = wanted
         if self._center_norm > 0:
-            score = wanted - torch.mv(moved, self._center * self._unit)[:, None, None]
-        # Scores of examples that are 4 times as far from the centre as the query err by a share
-        # of the score, however far they are.
+            score = wanted - torch.mv(moved, self._center)[:, None, None] * self._unit
         near = (4 * norms).clamp_(max=self._largest)
         error = (norms + near).mul_(near).add_(norms, alpha=self._center_norm)
-        error = torch.add(error, score.abs(), alpha=10).mul_(unit).add_(moved.shape[1] * info.tiny)
+        # Scores of examples that are more than 4 times as far from the centre as the query, which
+        # are below -4 |query|^2, err by 10 units of themselves at most.
+        far = score.abs().sub_(norms.square(), alpha=3).relu_()
+        error = torch.add(error, far, alpha=40).mul_(unit).add_(moved.shape[1] * info.tiny)
         if self._error == 0:
             return error
         # An example that is e away from where it should be has a distance that errs by e.
@@ -609,10 +613,11 @@ class ClassNeighbors:
         return examples, self._index[members]
 
     def _move_to(self, device):
+        if self._index.device == device:
+            return
         for name in MOVED:
-            value = getattr(self, name, None)
-            if value is not None and value.device != device:
-                setattr(self, name, value.to(device))
+            if hasattr(self, name):
+                setattr(self, name, getattr(self, name).to(device))
         if self.storage in ("memory", "float16"):
             self._examples = self._examples.to(device)
 
