@@ -402,7 +402,9 @@ class ClassNeighbors:
                 moved.mul_(self._scale * self._unit)
         else:
             moved = queries
-        norms = torch.linalg.vector_norm(moved, dim=1)
+        norms = norm(moved)
+        if self.affinity == "inner_product":
+            self._refuse_underflow(norms)
         top, places = self._find_candidates(moved, n_candidates)
         # What the error of the scores may have put behind the last that is wanted, or before it.
         wanted = top[..., n_neighbors - 1 : n_neighbors]
@@ -504,6 +506,15 @@ class ClassNeighbors:
         # An example that is e away from where it should be has a distance that errs by e.
         distance = (norms.square() - 2 * score).clamp_(min=0).sqrt_()
         return error + self._error * (distance + self._error)
+
+    def _refuse_underflow(self, norms):
+        info = torch.finfo(norms.dtype)
+        too_small = (norms > 0) & (norms * self._largest < info.tiny / info.eps)
+        if self._largest > 0 and too_small.any():
+            raise ValueError(
+                "affinity='inner_product' of some rows and all training rows is below what "
+                f"{str(norms.dtype).removeprefix('torch.')} holds; scale X, or use dtype='float64'."
+            )
 
     def _find_overflows(self, norms, top):
         """Tell for which queries the scores may have overflowed; None if for none."""

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sklearn_rails.immune.affinity import affinity_to, norm, normalize_rows, replace_non_finite
+
+SCALES = [1e-42, 1e-30, 1e-26, 1.0, 1e25, 1e30, 1e37]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_distances_and_cosines_are_right_at_any_scale(scale):
+    # Small whole numbers, which numbers below 1e-38 hold too.
+    rng = np.random.default_rng(0)
+    features = rng.integers(-9, 9, size=(3, 7, 5)) * 1000
+    antigens = rng.integers(-9, 9, size=(3, 5)) * 1000
+    features[0, 0], features[1, 1] = antigens[0], 0
+    a, f = (torch.tensor(x * (scale / 1000), dtype=torch.float32) for x in (antigens, features))
+    wide_a, wide_f = a.double().numpy(), f.double().numpy()
+    distance = np.linalg.norm(wide_f - wide_a[:, None], axis=2)
+    assert_allclose(-affinity_to("euclidean", a, f).double(), distance, rtol=1e-6, atol=2e-45)
+    lengths = np.linalg.norm(wide_f, axis=2) * np.linalg.norm(wide_a, axis=1)[:, None]
+    cosine = (wide_f * wide_a[:, None]).sum(axis=2) / np.where(lengths > 0, lengths, 1)
+    for overwrite in (False, True):
+        found = affinity_to("cosine", a, f.clone(), overwrite_features=overwrite)
+        assert_allclose(found, cosine, atol=1e-6)
+    assert found[1, 1] == 0
+
+
+def test_a_few_rows_of_another_scale_do_not_change_the_others():
+    features = torch.rand(1, 50, 8)
+    expected = affinity_to("euclidean", torch.zeros(1, 8), features)
+    cosine = affinity_to("cosine", torch.ones(1, 8), features)
+    features[0, 3] *= 1e30
+    features[0, 4] *= 1e-30
+    found = affinity_to("euclidean", torch.zeros(1, 8), features)
+    assert_allclose(found[0, 3:5], expected[0, 3:5] * torch.tensor([1e30, 1e-30]), rtol=1e-5)
+    kept = [i for i in range(50) if i not in (3, 4)]
+    assert_array_equal(found[0, kept], expected[0, kept])
+    assert_allclose(affinity_to("cosine", torch.ones(1, 8), features), cosine, rtol=1e-5)
+
+
+def test_norms_have_a_gradient_and_any_shape():
+    vectors = torch.tensor([[3e-25, 4e-25], [3.0, 4.0]], requires_grad=True)
+    norm(vectors).sum().backward()
+    assert_allclose(vectors.grad, [[0.6, 0.8], [0.6, 0.8]], rtol=1e-6)
+    assert norm(torch.tensor([3e30, 4e30])).item() == pytest.approx(5e30)
+    assert norm(torch.zeros(0, 4)).shape == (0,)
+    assert norm(torch.tensor([[torch.nan, 1.0]])).isnan().all()
+
+
+def test_normalised_rows_have_length_1_or_are_zero():
+    rows = torch.tensor([[3e-26, 4e-26], [3e25, 4e25], [3e38, 3e38], [0, 0]])
+    found = normalize_rows(rows)
+    assert_allclose(found, [[0.6, 0.8], [0.6, 0.8], [0.5**0.5] * 2, [0, 0]], rtol=1e-6)
+
+
+def test_a_callable_that_gives_nan_for_finite_features_is_named():
+    def ratio(a, b):
+        return (a / b).sum(dim=1)
+
+    features = torch.ones(2, 3, 2)
+    affinity_to(ratio, torch.ones(2, 2), features)
+    with pytest.raises(ValueError, match=r"affinity=<function .*ratio.* gave NaN"):
+        affinity_to(ratio, torch.zeros(2, 2), features * 0)
+    # NaN for features that are NaN is for the rule about cells.
+    features[0, 1] = torch.nan
+    assert affinity_to(ratio, torch.ones(2, 2), features).isnan().sum() == 1
+
+
+def test_non_finite_affinities_follow_one_rule():
+    found = replace_non_finite(torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0]))
+    assert found.tolist() == [-torch.inf, torch.finfo(torch.float32).max, -torch.inf, 1.0]
