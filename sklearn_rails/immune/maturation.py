@@ -515,9 +515,11 @@ def mean_affinity(affinity):
     """
     missing = affinity == -torch.inf
     n_missing = missing.sum(dim=1)
-    total = affinity.masked_fill(missing, 0).mean(dim=1, dtype=torch.float64)
-    n_cells = affinity.shape[1]
-    return (total * (n_cells / (n_cells - n_missing))).to(affinity), n_missing
+    # Shares of the mean, since sums may overflow.
+    count = affinity.shape[1] - n_missing
+    shares = affinity.masked_fill(missing, 0).double() / count[:, None]
+    largest = torch.finfo(affinity.dtype).max
+    return shares.sum(dim=1).clamp(-largest, largest).to(affinity), n_missing
 
 
 def replace_missing(affinity, labels, cells):

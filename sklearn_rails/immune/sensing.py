@@ -23,6 +23,9 @@ BLOCK_BYTES = 64 * 2**20
 BANDWIDTH_ROWS = 256
 COVARIANCE_ROWS = 2000
 
+# What a matrix product may change squared distances by, in squared bandwidths.
+MAX_ROUNDING = 1e-9
+
 # Clean rows that are so many times as far from their class as the median do not count in its mean
 # and covariance, which a single one of them would decide.
 FAR_RATIO = 1e6
@@ -58,6 +61,16 @@ class CleanRows:
             layer: ClassNeighbors().fit(f, self.labels, self.n_classes)
             for layer, f in self.features.items()
         }
+
+    @functools.cached_property
+    def radii(self):
+        """Median distance of the k-th neighbour in each layer, by some rows without themselves."""
+        own, radii = self.spread(BANDWIDTH_ROWS), {}
+        for layer, features in self.features.items():
+            pooled = self.neighbors[layer].pooled(features.device)
+            radius = float(nearest(pooled, features[own], self.n_neighbors, own)[0][:, -1].median())
+            radii[layer] = radius if radius > 0 else 1.0
+        return radii
 
     @functools.cached_property
     def centers(self):
@@ -209,18 +222,23 @@ class Credibility(NeighborsSensor):
     """Nonconformity with the class that conforms best, of which DkNN's credibility is a p-value.
 
     Neighbours of another class than the most frequent one, over all layers, and less than 1 for
-    the distance of the k-th neighbour, so that there are no ties. With a single class only the
-    distance is left.
+    the distance of the k-th neighbour, so that there are no ties: the distance over itself plus
+    that of a typical clean row. With a single class only the distance is left.
     """
+
+    def __init__(self, clean):
+        super().__init__(clean)
+        self._radii = clean.radii
 
     def score(self, rows):
         """Score new rows: an ndarray of shape (n, 1), float64."""
         against, distance = 0, 0
-        for radius, index in self._nearest(rows):
+        typical = self._radii.values()
+        for (radius, index), unit in zip(self._nearest(rows), typical, strict=True):
             votes = one_hot(torch.from_numpy(self._labels)[index], self._n_classes).sum(dim=1)
             against = against + self._n_neighbors - votes
             radius = radius[:, -1]
-            distance = distance + radius / (1 + radius) / len(rows.features)
+            distance = distance + radius / (unit + radius) / len(rows.features)
         return (against.min(dim=1).values + distance).numpy()[:, None]
 
 
@@ -294,16 +312,13 @@ class KernelDensity(Sensor):
         self._neighbors = clean.neighbors
         # Without a network all rows are of one class.
         self._has_classes = clean.network.has_network
-        self._bandwidth, self._centers = {}, {}
-        own = clean.spread(BANDWIDTH_ROWS)
-        for layer, features in clean.features.items():
-            pooled = clean.neighbors[layer].pooled(features.device)
-            radius = nearest(pooled, features[own], clean.n_neighbors, own)[0]
-            spread = float(radius[:, -1].median())
-            self._bandwidth[layer] = spread if spread > 0 else 1.0
-            self._centers[layer] = clean.centers[layer]
-            if not self._has_classes:
-                self._centers[layer] = features[own].median(dim=0, keepdim=True).values
+        self._bandwidth, self._centers = clean.radii, clean.centers
+        if not self._has_classes:
+            some = clean.spread(BANDWIDTH_ROWS)
+            self._centers = {
+                layer: features[some].median(dim=0, keepdim=True).values
+                for layer, features in clean.features.items()
+            }
 
     def score(self, rows):
         """Score new rows: an ndarray of shape (n, n_layers), float64."""
@@ -330,6 +345,8 @@ class KernelDensity(Sensor):
         if len(examples) == 0:
             return torch.full((len(features),), torch.inf, dtype=torch.float64)
         # Differences from within the class, in double precision: small distances are what counts.
+        # A matrix product may still round them, where rows of a class are far apart.
+        unit = torch.finfo(torch.float64).eps
         center = _in_double(center)
         step = max(1, BLOCK_BYTES // (8 * max(features.shape[1], len(examples))))
         scores = []
@@ -338,9 +355,14 @@ class KernelDensity(Sensor):
             near = []
             for piece in examples.split(step):
                 other = _in_double(piece) - center
-                near.append(torch.addmm(other.square().sum(dim=1), moved, other.T, alpha=-2))
-            near = torch.cat(near, dim=1).add_(moved.square().sum(dim=1)[:, None]).clamp_(min=0)
-            near.div_(-(bandwidth**2))
+                squares, others = moved.square().sum(dim=1), other.square().sum(dim=1)
+                if unit * (squares.max() + others.max()) < MAX_ROUNDING * bandwidth**2:
+                    products = torch.addmm(others, moved, other.T, alpha=-2)
+                    near.append(products.add_(squares[:, None]).clamp_(min=0))
+                else:
+                    mode = "donot_use_mm_for_euclid_dist"
+                    near.append(torch.cdist(moved, other, compute_mode=mode).square_())
+            near = torch.cat(near, dim=1).div_(-(bandwidth**2))
             count = len(examples)
             if own is not None:
                 same = (own[rows, None] == index).to(near.device)

@@ -60,3 +60,51 @@ def test_the_term_does_not_level_off():
     nearer = tie_break(torch.tensor([[-1.0, -1001.0]]), 0.1)
     assert near[0, 1] > nearer[0, 1] > 0
     assert nearer[0, 0] > near[0, 0]
+
+
+def test_cells_without_an_affinity_come_last_and_do_not_vote():
+    affinity = torch.tensor([[torch.nan, -1.0, -torch.inf, -2.0], [torch.nan] * 4])
+    labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
+    assert fittest(affinity, 4)[0].tolist() == [1, 3, 0, 2]
+    assert unanimous_class(affinity, labels, 4).tolist() == [1, -1]
+    flocked = torch.tensor([[[-4.0], [-3.0], [-torch.inf]]] * 2)
+    assert class_affinity(affinity, labels, flocked).tolist() == [
+        [-4.0, -1.0, -torch.inf],
+        [-4.0, -3.0, -torch.inf],
+    ]
+
+
+def test_a_fraction_of_any_number_type_counts_the_elite():
+    for kind in (np.float16, np.float32, np.float64):
+        assert n_elite(kind(0.1), np.uint8(200)) in (20, 21)
+        assert n_elite(kind(1), 10**6) == 10**6
+
+
+@settings(deadline=None)
+@given(
+    affinity=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5),
+    place=st.integers(0, 5),
+    tau=st.sampled_from([1e-300, 1e-30, 1.0, 1e30, 1e300]),
+)
+def test_a_class_without_an_affinity_changes_no_other_term(affinity, place, tau):
+    expected = tie_break(torch.tensor([affinity], dtype=torch.float64), tau)[0].tolist()
+    expected.insert(place, 0.0)
+    affinity.insert(place, -torch.inf)
+    found = tie_break(torch.tensor([affinity], dtype=torch.float64), tau)
+    assert found[0].tolist() == expected
+
+
+@settings(deadline=None)
+@given(
+    affinity=st.lists(
+        st.sampled_from([-1.7e308, -1e300, -1.0, -1e-300, 0.0, 1e-300, 1.0, 1e300, 1.7e308]),
+        min_size=2,
+        max_size=8,
+    ),
+    tau=st.sampled_from([1e-320, 1e-30, 1.0, 1e30, 1e308]),
+)
+def test_terms_are_ordered_near_the_limits_of_numbers(affinity, tau):
+    term = tie_break(torch.tensor([affinity], dtype=torch.float64), tau)[0]
+    assert ((term >= 0) & (term <= 0.5)).all()
+    order = np.argsort(affinity, kind="stable")
+    assert (np.diff(term.numpy()[order]) >= 0).all()

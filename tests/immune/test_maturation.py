@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from sklearn_rails.immune.maturation import (
     class_quota,
     clone_neighbors,
     cross_over,
+    find_domain,
     mature,
     mutate_,
     mutation_steps,
@@ -215,3 +217,140 @@ def test_early_stopping_cuts_the_same_course_short(seed):
         if last < 5:
             assert unanimous_class(short.affinity, short.labels, 3)[row] >= 0
     assert (short.labels.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize("selection", ["global", "class_balanced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tau", [1e-320, 1e-30, 1e-3, 1.0, 1e30, 1e300])
+def test_parents_are_living_cells_of_one_class_at_any_temperature(tau, dtype, selection):
+    limit = torch.finfo(dtype).max
+    rng = np.random.default_rng(0)
+    labels = torch.arange(4).repeat_interleave(6).expand(50, -1)
+    affinity = torch.tensor(rng.normal(size=(50, 24)), dtype=dtype)
+    affinity[:10] *= limit / 10  # near the limits
+    affinity[10:20] = 1.0  # all alike
+    affinity[20:30, ::5] = torch.inf
+    dead = torch.tensor(rng.random((50, 24)) < 0.5)
+    dead[:, 7] = False
+    dead[30:35, 18:] = dead[35:40, :6] = True  # whole classes, at either end
+    affinity[dead] = torch.nan
+    for seed in range(20):
+        u = uniforms(seed, 24, 1, dtype)
+        # The largest number below 1, which rounding may carry over the edge.
+        u["first"][0] = u["second"][0] = 1 - 2**-24
+        first, second = select_parents(affinity, labels, u, tau, n_classes=4, selection=selection)
+        for parents in (first, second):
+            assert not dead.gather(1, parents).any()
+        assert torch.equal(labels.gather(1, first), labels.gather(1, second))
+        assert (labels.gather(1, first).diff(dim=1) >= 0).all()
+        children = cross_over(
+            torch.rand(50, 24, 3, dtype=dtype),
+            affinity,
+            first,
+            second,
+            torch.rand(24, 3, dtype=dtype),
+            tau,
+            crossover="affinity",
+        )
+        assert children.isfinite().all()
+
+
+def test_cells_that_are_alike_are_drawn_alike():
+    affinity, labels = torch.zeros(1, 10), torch.arange(2).repeat_interleave(5)[None]
+    counts = torch.zeros(10)
+    for seed in range(400):
+        u = uniforms(seed, 10, 1, torch.float32)
+        first, _ = select_parents(affinity, labels, u, 1e-30, n_classes=2, selection="global")
+        counts += torch.bincount(first[0], minlength=10)
+    assert_allclose(counts / 4000, 0.1, atol=0.02)  # 4 standard deviations
+
+
+@pytest.mark.slow
+def test_populations_beyond_what_float32_counts_are_drawn_from_as_a_whole():
+    n_cells = 2**24 + 1000
+    affinity, labels = torch.zeros(1, n_cells), torch.zeros(1, n_cells, dtype=torch.int64)
+    labels[:, -900:] = 1
+    u = {name: torch.linspace(0, 1 - 2**-24, n_cells) for name in ("first", "second")}
+    first, second = select_parents(affinity, labels, u, 1.0, n_classes=2, selection="global")
+    assert first.max() >= n_cells - 2
+    assert (labels.gather(1, first) == labels.gather(1, second)).all()
+
+
+def test_classes_without_neighbours_have_no_cells():
+    index = torch.tensor([[[-1, -1], [7, 3], [-1, -1], [5, -1]]] * 2)
+    parents, labels = clone_neighbors(index, 5)
+    assert labels.tolist() == [1, 1, 1, 3, 3]
+    assert parents.tolist() == [[7, 3, 7, 5, 5]] * 2
+    # An approximate index finds other numbers for other rows.
+    index[1, 0, 0] = 9
+    index[1, 1, 1] = -1
+    parents, labels = clone_neighbors(index, 5)
+    assert labels.tolist() == [[1, 1, 1, 3, 3], [0, 0, 1, 1, 3]]
+    assert parents.tolist() == [[7, 3, 7, 5, 5], [9, 9, 7, 7, 5]]
+    with pytest.raises(ValueError, match="No neighbours were found"):
+        clone_neighbors(torch.full((1, 3, 2), -1), 5)
+
+
+def breed_with(measure, *, early_stopping=True, layer=None):
+    cells, labels, _ = make_population(0, 6, 24, 5, 3)
+
+    def draw(generation):
+        drawn = {k: u.double() for k, u in generation_uniforms(7, 0, generation, 24, 5).items()}
+        return {**drawn, "steps": mutation_steps(drawn["mutate"], 0.2, 0.05, 0.15, 1.0)}
+
+    return mature(
+        cells,
+        labels,
+        measure=measure,
+        draw=draw,
+        tau=0.05,
+        schedule=Schedule(3, "global", "affinity", 12, early_stopping),
+        domain=Domain(1.0, 0.0, 1.0),
+        n_classes=3,
+        keep_cells=True,
+        on_decided=lambda n: None,
+        layer=layer,
+    )
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_cells_without_an_affinity_never_win(early_stopping):
+    def measure(cells, rows):
+        affinity = -cells.sum(dim=2)
+        return torch.where(cells[..., 0] > 0.4, torch.nan, affinity)
+
+    population = breed_with(measure, early_stopping=early_stopping)
+    assert population.affinity.isfinite().all()
+    assert (population.cells[..., 0] <= 0.4).all()
+    assert_allclose(population.affinity, -population.cells.sum(dim=2))
+    for curve in (population.affinity_curve, population.class_curve):
+        for row, last in enumerate(population.n_generations):
+            assert curve[row, : last + 1].isfinite().all()
+
+
+def test_an_infinite_affinity_counts_as_the_largest_number():
+    population = breed_with(lambda cells, rows: 1 / (cells - 1).clamp(max=0).abs().sum(dim=2) ** 9)
+    assert population.affinity.isfinite().all()
+    largest = breed_with(lambda cells, rows: torch.full(cells.shape[:2], torch.inf).double())
+    assert (largest.affinity == torch.finfo(torch.float64).max).all()
+    assert largest.affinity_curve[:, 0].isfinite().all()
+
+
+def test_a_population_without_any_affinity_is_refused():
+    with pytest.raises(ValueError, match=r"layers='conv1': all cells.*set clip"):
+        breed_with(
+            lambda cells, rows: torch.full(cells.shape[:2], torch.nan).double(), layer="conv1"
+        )
+
+
+@pytest.mark.parametrize("clip", [("a", "b"), (1, 0), (0, 1, 2), (np.nan, 1), 3])
+def test_bounds_that_are_none_are_named(clip):
+    with pytest.raises(ValueError, match="clip=.*must be 'auto', None or a pair"):
+        find_domain(torch.rand(5, 2), clip)
+
+
+def test_a_range_that_cannot_be_represented_is_refused():
+    cells = torch.tensor([[3e38], [-3e38]])
+    with pytest.raises(ValueError, match=r"range of a feature of X.*scale X"):
+        find_domain(cells, "auto")
+    assert find_domain(cells.double(), "auto").unit == pytest.approx(6e38)

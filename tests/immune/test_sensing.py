@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -48,9 +50,9 @@ def literal(method, X, y, new, network):
     distance = np.linalg.norm(features - f, axis=1)
     order = np.argsort(distance)[:K]
     predicted = int(network.predict(new[None])[0])
-    tie = distance[order[-1]] / (1 + distance[order[-1]])
     if method == "credibility":
-        return K - np.bincount(y[order]).max() + tie
+        # Plus the distance of the k-th neighbour, over itself plus a typical one.
+        return K - np.bincount(y[order]).max(), distance[order[-1]]
     if method == "disagreement":
         return distance[y == predicted].min() - distance[y != predicted].min()
     if method == "lid":
@@ -63,7 +65,29 @@ def literal(method, X, y, new, network):
     return of_class, predicted
 
 
-@pytest.mark.parametrize("method", ["credibility", "disagreement", "lid", "distance"])
+def test_credibility_counts_neighbours_of_other_classes_and_breaks_ties(net, rows):
+    X, y, new = rows
+    network = map_of(net)
+    sensor = fit("credibility", X, y, network)
+    typical = sensor._radii["1"]
+    every = [
+        literal("credibility", *(np.delete(a, i, 0) for a in (X, y)), X[i], network)[1]
+        for i in range(len(X))
+    ]
+    assert typical == pytest.approx(np.median(every), rel=0.05)
+
+    def expect(X, y, x):
+        against, distance = literal("credibility", X, y, x, network)
+        return against + distance / (typical + distance)
+
+    expected = [expect(X, y, x) for x in new]
+    assert_allclose(score(sensor, new, network)[:, 0], expected, rtol=1e-4)
+    own = np.arange(20)
+    expected = [expect(np.delete(X, i, 0), np.delete(y, i), X[i]) for i in own]
+    assert_allclose(score(sensor, X[own], network, own)[:, 0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["disagreement", "lid", "distance"])
 def test_scores_are_those_of_a_literal_computation(net, rows, method):
     X, y, new = rows
     network = map_of(net)
@@ -178,3 +202,148 @@ def test_squeezing_moves_probabilities(shape, n_steps):
     )
     found = SENSORS["feature_squeezing"](clean)(NewRows(X, network(X), network))
     assert_allclose(found[:, 0], expected, atol=1e-5)
+
+
+class Plain:
+    """The input as the only layer."""
+
+    has_network = False
+    input_shape = (1,)
+    device = torch.device("cpu")
+
+
+def fit_plain(method, X, y=None, k=5):
+    X = torch.as_tensor(X, dtype=torch.float32)
+    y = np.zeros(len(X), dtype=int) if y is None else y
+    return SENSORS[method](CleanRows(X, {"input": X}, y, int(y.max()) + 1, k, Plain()))
+
+
+def score_plain(sensor, X, own=None):
+    X = torch.as_tensor(X, dtype=torch.float32)
+    return sensor(NewRows(X, {"input": X}, Plain(), own))[:, 0]
+
+
+NEIGHBOUR_METHODS = ["credibility", "lid", "distance", "kernel_density", "mahalanobis"]
+
+
+def test_equally_far_neighbours_are_most_suspect_and_coinciding_ones_least():
+    one_hot_rows = np.eye(12)
+    sensor = fit_plain("lid", one_hot_rows)
+    assert score_plain(sensor, np.full((1, 12), 0.5)).tolist() == [np.inf]
+    # A training row coincides with itself; without itself all others are equally far.
+    assert score_plain(sensor, one_hot_rows[:2]).tolist() == [0, 0]
+    assert score_plain(sensor, one_hot_rows[:2], np.arange(2)).tolist() == [np.inf] * 2
+    duplicates = fit_plain("lid", np.r_[np.zeros((8, 3)), np.random.default_rng(0).random((8, 3))])
+    assert score_plain(duplicates, np.zeros((1, 3))).tolist() == [0]
+    assert score_plain(duplicates, np.full((1, 3), -9.0)).tolist() == [np.inf]
+
+
+@pytest.mark.parametrize("method", [*NEIGHBOUR_METHODS, "disagreement"])
+@pytest.mark.parametrize("apart", [1e3, 1e6])
+def test_a_row_scores_alike_alone_and_in_company(method, apart):
+    rng = np.random.default_rng(0)
+    means, y = rng.normal(size=(6, 8)) * apart, rng.integers(6, size=300)
+    X = (means[y] + rng.normal(size=(300, 8))).astype(np.float32)
+    sensor = fit_plain(method, X, y)
+    together = score_plain(sensor, X + 0.25)
+    alone = np.concatenate([score_plain(sensor, x[None] + 0.25) for x in X])
+    assert_allclose(alone, together, rtol=1e-6)
+    if method == "mahalanobis":
+        centers = np.stack([X[y == c].astype(np.float64).mean(axis=0) for c in range(6)])
+        residuals = X - centers[y]
+        scatter, s = residuals.T @ residuals / len(X), sensor._whiten["input"].shrinkage
+        precision = np.linalg.inv((1 - s) * scatter + s * np.trace(scatter) / 8 * np.eye(8))
+        differences = (X + np.float32(0.25)).astype(np.float64)[:, None] - centers
+        expected = np.einsum("nci,ij,ncj->nc", differences, precision, differences).min(axis=1)
+        assert_allclose(together, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+def test_a_density_does_not_feel_an_offset(offset):
+    # Eighths, which float32 holds at any of the offsets.
+    rng = np.random.default_rng(0)
+    X, new = (np.round(rng.normal(size=(80, 3)) * 8) / 8 for _ in range(2))
+    expected = score_plain(fit_plain("kernel_density", X), new)
+    assert_allclose(score_plain(fit_plain("kernel_density", X + offset), new + offset), expected)
+    for method in ("lid", "credibility", "mahalanobis"):
+        moved = score_plain(fit_plain(method, X + offset), new + offset)
+        assert_allclose(moved, score_plain(fit_plain(method, X), new), rtol=1e-6, err_msg=method)
+
+
+@pytest.mark.parametrize("method", NEIGHBOUR_METHODS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e25])
+def test_scores_do_not_feel_a_scale(method, scale):
+    rng = np.random.default_rng(0)
+    X, new = rng.normal(size=(2, 60, 3))
+    plain = score_plain(fit_plain(method, X), new)
+    scaled = score_plain(fit_plain(method, X * scale), new * scale)
+    assert_allclose(scaled, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", NEIGHBOUR_METHODS)
+@pytest.mark.parametrize("value", [1e20, 1e30, 3e38, np.inf, np.nan])
+def test_a_row_that_is_far_out_is_the_most_suspect_and_changes_no_other(method, value):
+    rng = np.random.default_rng(0)
+    X, new = (rng.normal(size=(n, 3)) + np.array([0, 5, 0]) for n in (60, 20))
+    sensor = fit_plain(method, X)
+    expected = score_plain(sensor, new)
+    new[3, 0] = value
+    found = score_plain(sensor, new)
+    others = np.arange(20) != 3
+    assert_allclose(found[others], expected[others], rtol=1e-6)
+    if method != "lid" or value > 1e29:
+        assert found[3] == found.max()
+    assert not np.isnan(found).any()
+
+
+@pytest.mark.parametrize("method", NEIGHBOUR_METHODS)
+@pytest.mark.parametrize("value", [1e20, 1e30])
+def test_a_training_row_that_is_far_out_poisons_no_score(method, value):
+    rng = np.random.default_rng(0)
+    X, new = rng.normal(size=(60, 3)), rng.normal(size=(20, 3))
+    clean = score_plain(fit_plain(method, np.delete(X, 7, axis=0)), new)
+    X[7, 0] = value
+    sensor = fit_plain(method, X)
+    found = score_plain(sensor, new)
+    assert np.isfinite(found).all()
+    if method != "distance":  # by direction, the row is not far out
+        # A density is divided by the number of rows; medians move by a rank.
+        assert_allclose(found, clean, rtol=0.05, atol=0.02)
+    left_out = score_plain(sensor, X, np.arange(60))
+    assert not np.isnan(left_out).any()
+    if method not in ("distance", "lid"):
+        assert left_out[7] == left_out.max()
+
+
+def test_sensors_share_one_copy_of_the_features():
+    X = np.random.default_rng(0).random((400, 500)).astype(np.float32)
+    clean = CleanRows(
+        torch.from_numpy(X), {"input": torch.from_numpy(X)}, np.arange(400) % 2, 2, 5, Plain()
+    )
+    methods = ["credibility", "disagreement", "distance", "kernel_density", "lid"]
+    sensors = [SENSORS[method](clean) for method in methods]
+    saved = pickle.dumps(sensors)
+    assert len(saved) < 1.1 * X.nbytes
+    rows = NewRows(torch.from_numpy(X[:9]), {"input": torch.from_numpy(X[:9] + 0.1)}, Plain())
+    for sensor, loaded in zip(sensors, pickle.loads(saved), strict=True):
+        assert_allclose(loaded(rows), sensor(rows))
+
+
+def test_sampled_rows_are_not_evenly_spaced():
+    rows = sensing.sample_rows(1000, 100)
+    assert len(np.unique(rows)) == 100
+    assert (np.diff(rows) > 0).all()
+    assert len(np.unique(np.diff(rows))) > 5
+    assert_allclose(sensing.sample_rows(5, 100), np.arange(5))
+    # Classes that alternate are drawn alike, not one of them alone.
+    assert 25 < (rows % 10 < 5).sum() < 75
+    assert (rows % 2).sum() not in (0, 100)
+
+
+def test_whitening_does_not_feel_the_scale():
+    rng = np.random.default_rng(0)
+    rows, new = rng.normal(size=(30, 4)), torch.tensor(rng.normal(size=(5, 4)))
+    expected = ShrunkWhitening(torch.tensor(rows))(new)
+    for scale in (1e-90, 1e90):
+        found = ShrunkWhitening(torch.tensor(rows * scale))(new * scale)
+        assert_allclose(found.abs(), expected.abs(), rtol=1e-6)
