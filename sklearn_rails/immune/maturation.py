@@ -479,15 +479,18 @@ def mature(
             if not done.any():
                 continue
             leaving, staying = (d.nonzero()[:, 0].to(rows.device) for d in (done, ~done))
-        if not regular:
-            affinity, labels, children = replace_missing(affinity, labels, children)
         on_decided(len(leaving))
         left = rows.index_select(0, leaving)
         n_generations.index_fill_(0, left, generation)
-        final_affinity.index_copy_(0, left, affinity.index_select(0, leaving))
-        final_labels.index_copy_(0, left, labels.index_select(0, leaving))
+        final = affinity.index_select(0, leaving), labels.index_select(0, leaving)
+        source = None if regular else find_stand_ins(final[0])
+        for whole, part in zip((final_affinity, final_labels), final, strict=True):
+            whole.index_copy_(0, left, part if regular else part.gather(1, source))
         if keep_cells:
-            final_cells.index_copy_(0, left, children.index_select(0, leaving))
+            part = children.index_select(0, leaving)
+            if not regular:
+                part = part.gather(1, source[..., None].expand_as(part))
+            final_cells.index_copy_(0, left, part)
         if staying is None or len(staying) == 0:
             break
         rows, leader = rows.index_select(0, staying), leader.index_select(0, staying)
@@ -522,20 +525,18 @@ def mean_affinity(affinity):
     return shares.sum(dim=1).clamp(-largest, largest).to(affinity), n_missing
 
 
-def replace_missing(affinity, labels, cells):
-    """Replace cells without an affinity by the best cell of their population.
+def find_stand_ins(affinity):
+    """Find a cell for each place: itself, or the best one if it has no affinity.
 
     Parameters
     ----------
-    affinity, labels : torch.Tensor of shape (n, n_cells)
-    cells : torch.Tensor of shape (n, n_cells, n_features)
+    affinity : torch.Tensor of shape (n, n_cells)
+        Minus infinity for a cell without.
 
     Returns
     -------
-    affinity, labels, cells : torch.Tensor
+    torch.Tensor of shape (n, n_cells), int64
     """
     best = affinity.argmax(dim=1, keepdim=True)
     own = torch.arange(affinity.shape[1], device=affinity.device)
-    source = torch.where(affinity == -torch.inf, best, own)
-    rows = torch.arange(len(cells), device=cells.device)[:, None]
-    return affinity.gather(1, source), labels.gather(1, source), cells[rows, source]
+    return torch.where(affinity == -torch.inf, best, own)
