@@ -465,7 +465,8 @@ def mature(
         done, regular = torch.stack([done, mean.isfinite()]).cpu()
         regular = bool(regular.all())
         if not regular:
-            mean, n_missing = mean_affinity(affinity)
+            mean_of_others, n_missing = mean_affinity(affinity)
+            mean = torch.where(mean.isfinite(), mean, mean_of_others)
             if (n_missing == n_cells).any():
                 raise ValueError(
                     f"layers={layer!r}: all cells of a population have features or an affinity "
