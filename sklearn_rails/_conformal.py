@@ -1,12 +1,13 @@
 """Conformal statistics: calibration samples, p-values and thresholds."""
 
 import math
-import sys
 import warnings
 from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
+
+from ._validation import find_user_level
 
 # Finite scores are clipped to +-LARGEST, and differences of scores below 1 / LARGEST count as that,
 # so that a quotient of two differences is finite in float64.
@@ -85,8 +86,6 @@ def conformal_threshold(calibration, alpha):
 def warn_of_few_rows(parameter, alpha, n_calibration, message):
     """Warn if no p-value can be alpha or less.
 
-    The warning points at the first line outside of this package, scikit-learn and joblib.
-
     Parameters
     ----------
     parameter : str
@@ -100,16 +99,9 @@ def warn_of_few_rows(parameter, alpha, n_calibration, message):
     n_needed = math.ceil(1 / Fraction(str(alpha))) - 1
     if n_calibration >= n_needed:
         return
-    level, frame = 1, sys._getframe()
-    while frame is not None and _is_of_a_library(frame):
-        level, frame = level + 1, frame.f_back
     # Decimal, since 1 / alpha may be beyond the largest float.
-    warnings.warn(f"{parameter}={alpha} needs {Decimal(n_needed):.6g} {message}", stacklevel=level)
-
-
-def _is_of_a_library(frame):
-    name = frame.f_globals.get("__name__", "")
-    return name.partition(".")[0] in ("sklearn_rails", "sklearn", "joblib")
+    text = f"{parameter}={alpha} needs {Decimal(n_needed):.6g} {message}"
+    warnings.warn(text, stacklevel=find_user_level())
 
 
 class ConformalScale:

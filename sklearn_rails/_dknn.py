@@ -7,18 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin
-from sklearn.utils import check_random_state, gen_batches
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils import check_random_state
 
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
-from ._validation import all_or_nothing, validate_fit_rows, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
+from ._validation import NEIGHBORS_ARE_STALE, as_fitted, restore_on_error, validate_rows
+from .features import NETWORK_CONSTRAINTS, SharesNetwork, prepare_fit
 from .immune.conformity import neighbor_votes
 from .immune.flocking import ClassNeighbors
-
-# Samples whose neighbours are found together, at most. Fewer where their features are many.
-BLOCK_ROWS = 1024
 
 
 class DkNNClassifier(ClassifierMixin, SharesNetwork):
@@ -180,7 +176,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
         self.n_jobs = n_jobs
         self.random_state = random_state
 
-    @all_or_nothing
+    @restore_on_error
     @fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor) -> Self:
         """Index the training data's features and calibrate.
@@ -204,12 +200,8 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             the device is not there, or no row is left to calibrate with. The estimator is then as
             it was before.
         """
-        X, y = validate_fit_rows(self, X, y, input_shape=open_parameter(self, "input_shape"))
+        X, y = prepare_fit(self, X, y, network=self.feature_extractor)
         self.classes_, y = np.unique(y, return_inverse=True)
-        self._features = feature_map(self, self.feature_extractor)
-        self._features.probe(X)
-        self.layers_ = self._features.layers
-
         rows, own = np.arange(len(y)), None
         if isinstance(self.calibration, tuple | list):
             X_calibration, y_calibration = self._check_calibration()
@@ -232,7 +224,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             layer: ClassNeighbors("euclidean", self.algorithm, self.n_jobs).begin(one_class, 1)
             for layer in self.layers_
         }
-        for block in self._blocks(len(rows)):
+        for block in self._features.row_blocks(len(rows)):
             for layer, features in self._features(X[rows[block]]).items():
                 self._neighbors[layer].put(block, features)
         for neighbors in self._neighbors.values():
@@ -240,7 +232,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
         nonconformity = self._nonconformities(X_calibration, own)
         self._calibration = np.sort(nonconformity[np.arange(len(nonconformity)), y_calibration])
         self.n_calibration_ = len(self._calibration)
-        self._count_own = self.p_value == "conformal"
+        self._features.learn_range(X)
         return self
 
     def predict(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
@@ -256,8 +248,8 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
         ndarray of shape (n,)
             The classes.
         """
-        check_is_fitted(self)
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        proba = self.predict_proba(X)
+        return self.classes_[proba.argmax(axis=1)]
 
     def predict_proba(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Give the classes' shares of the neighbours, ties broken by distance.
@@ -273,8 +265,8 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             Votes, with less than half a vote for the distance, over their sum. p-values grow with
             the votes, so the order of the classes is that of the p-values, ties broken.
         """
-        check_is_fitted(self)
-        votes, closeness = self._vote(validate_rows(self, X))
+        fitted = self._as_fitted()
+        votes, closeness = fitted._vote(validate_rows(fitted, X))
         scores = votes + closeness / 2
         return scores / scores.sum(axis=1, keepdims=True)
 
@@ -292,9 +284,11 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             Share of the calibration samples that conform with their class no better than the input
             does with this one.
         """
-        check_is_fitted(self)
-        nonconformity = self._nonconformities(validate_rows(self, X))
-        return conformal_p_values(nonconformity, self._calibration, count_own=self._count_own)
+        fitted = self._as_fitted()
+        nonconformity = fitted._nonconformities(validate_rows(fitted, X))
+        return conformal_p_values(
+            nonconformity, fitted._calibration, count_own=fitted.p_value == "conformal"
+        )
 
     def credibility(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Give the largest p-value: how well the training data support any answer.
@@ -327,6 +321,9 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
 
+    def _as_fitted(self):
+        return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
+
     def _vote(self, X, own=None):
         """Count the neighbours of each class, and say how close the nearest of them is.
 
@@ -350,17 +347,13 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
                 n_classes=len(self.classes_),
                 own=None if own is None else own[block],
             )
-            for block in self._blocks(len(X))
+            for block in self._features.row_blocks(len(X))
         ]
         return tuple(np.concatenate(parts) for parts in zip(*votes, strict=True))
 
     def _nonconformities(self, X, own=None):
         votes, _ = self._vote(X, own)
         return len(self.layers_) * self.n_neighbors_ - votes
-
-    def _blocks(self, n_samples):
-        size = min(BLOCK_ROWS, self._features.row_blocks(n_samples)[0].stop)
-        return gen_batches(n_samples, size)
 
     def _hold_out(self, n_samples):
         """Draw the calibration samples whatever their class, so that new ones are like them."""

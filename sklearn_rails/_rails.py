@@ -3,34 +3,43 @@
 import functools
 import math
 import os
+import warnings
 from dataclasses import replace
 from numbers import Integral, Real
+from typing import Self
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
+from joblib.parallel import get_active_backend
+from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin, clone
-from sklearn.utils import gen_batches
-from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._random import draw_seed, generation_uniforms
 from ._remembering import Remembers
-from ._settling import FIT_ROWS, SettlesRows, shares_of, spread_rows
-from ._validation import all_or_nothing, validate_fit_rows, validate_rows
+from ._settling import SettlesRows, check_threat_scores, shares_of, spread_rows
+from ._validation import (
+    NEIGHBORS_ARE_STALE,
+    as_fitted,
+    check_known_labels,
+    restore_on_error,
+    validate_rows,
+)
 from .features import (
     NETWORK_CONSTRAINTS,
     SharesNetwork,
-    feature_map,
+    is_out_of_memory,
     memory_budget,
-    open_parameter,
+    prepare_fit,
 )
 from .immune.affinity import affinity_to
 from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
 from .immune.flocking import ClassNeighbors, join_flocks, scale_of_affinity
 from .immune.maturation import (
     Schedule,
+    check_alive,
     clone_neighbors,
     find_domain,
     mature,
@@ -304,9 +313,9 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         self.random_state = random_state
         self.verbose = verbose
 
-    @all_or_nothing
+    @restore_on_error
     @fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X, y):
+    def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor) -> Self:
         """Index the training data's features, class by class.
 
         Parameters
@@ -328,56 +337,54 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             the device is not there. The estimator is then as it was before.
         """
         given = X, y
-        X, y = validate_fit_rows(self, X, y, input_shape=open_parameter(self, "input_shape"))
-        self.classes_ = np.unique(y)
-        self.seed_ = draw_seed(self.random_state)
-        vars(self).pop("_allowed", None)
-        # As a threat scorer gets more rows in partial_fit.
-        is_flat = getattr(given[0], "ndim", 2) == 2
-        self._given_shape = (self.n_features_in_,) if is_flat else self.input_shape_
-        self._learn(X, y, given)
-        return self.forget()
-
-    def _learn(self, X, y, given):
-        """Index rows; ``given`` are the same as the user has them."""
-        y = np.searchsorted(self.classes_, y)
-        n_classes = len(self.classes_)
         if self.delta_min > self.delta_max:
             raise ValueError(
                 f"delta_min={self.delta_min} must not be larger than delta_max={self.delta_max}."
             )
-        if self.population_size < n_classes:
-            raise ValueError(
-                f"population_size={self.population_size} is smaller than the number of classes, "
-                f"{n_classes}; every class needs a cell, so use {n_classes} or more."
-            )
         if self.triage:
             self._check_triage()
-        self._features = feature_map(self, self.feature_extractor, self.start_layer)
-        self._features.probe(X)
+        X, y = prepare_fit(
+            self,
+            X,
+            y,
+            network=self.feature_extractor,
+            start_layer=self.start_layer,
+            with_output=self.arbitration is not None,
+        )
+        named = vars(self).pop("_named_classes", None)  # by partial_fit
+        self._classes_are_named = named is not None
+        self.classes_ = np.unique(y if named is None else named)
+        check_known_labels(y, self.classes_, "classes")
+        self.seed_ = draw_seed(self.random_state)
+        # As a threat scorer gets more samples in partial_fit.
+        is_flat = len(self.input_shape_) == 1 or getattr(given[0], "ndim", 0) == 2
+        self._given_shape = (self.n_features_in_,) if is_flat else self.input_shape_
+        self._learn(X, y, given)
+        return self._forget()
+
+    def _learn(self, X, y, given):
+        """Index samples; ``given`` are the same as the user has them."""
+        y = np.searchsorted(self.classes_, y)
+        self._check_sizes()
+        if self._features.integer_input and self.start_layer is None:
+            raise ValueError(
+                "start_layer=None lets populations live in the input, but the network takes "
+                "integers there, which cannot be mutated. Set start_layer to a layer behind the "
+                "embedding, and layers to one that comes after it."
+            )
         if self.arbitration is not None:
             self._check_outputs(X)
-        for layer in self._features.layers:
+        for layer in self.layers_:
             self._features.choose_layout(layer, **self._comparison())
-        self.layers_ = self._features.layers
+        self._features.learn_range(X)
         self._draws = {}
         self._y = y
         vars(self).pop("_rows", None)
-        if self.start_layer is not None:  # else the rows are the cells
+        if self.start_layer is not None:  # else the samples are the cells
             self._rows = X
         self._cells = self._features.start(X)
         self._domain = find_domain(self._cells, self.clip)
-
-        self.neighbors_ = {}
-        for layer in self.layers_:
-            neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs, self.storage)
-            self.neighbors_[layer] = neighbors.begin(y, n_classes)
-        for rows in gen_batches(len(X), FIT_ROWS):
-            for layer, features in self._features(X[rows]).items():
-                self.neighbors_[layer].put(rows, features)
-        self.n_neighbors_ = np.minimum(self.n_neighbors, neighbors.n_samples_)
-        for neighbors in self.neighbors_.values():
-            neighbors.finish()
+        self._index_samples(X)
         if self.tau == "scale":
             self.tau_ = self._scale_tau(X)
         else:
@@ -389,7 +396,31 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         if self.threat_scorer is not None:
             self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
 
-    def predict(self, X):
+    def _check_sizes(self):
+        n_classes = len(self.classes_)
+        for name, part in (("population_size", "a cell"), ("memory_capacity", "room for a cell")):
+            if getattr(self, name) < n_classes:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is smaller than the number of classes, "
+                    f"{n_classes}; every class needs {part}, so use {n_classes} or more."
+                )
+
+    def _index_samples(self, X):
+        # What may still fail must not cost the old index, but two do not fit into memory.
+        for layer, neighbors in getattr(self, "neighbors_", {}).items():
+            self._original.neighbors_[layer] = neighbors.on_disk()
+        self.neighbors_ = {}
+        for layer in self.layers_:
+            neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs, self.storage)
+            self.neighbors_[layer] = neighbors.begin(self._y, len(self.classes_))
+        for rows in self._features.row_blocks(len(X)):
+            for layer, features in self._features(X[rows]).items():
+                self.neighbors_[layer].put(rows, features)
+        self.n_neighbors_ = np.array([min(self.n_neighbors, n) for n in neighbors.n_samples_])
+        for neighbors in self.neighbors_.values():
+            neighbors.finish()
+
+    def predict(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Predict classes.
 
         Parameters
@@ -402,10 +433,10 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         ndarray of shape (n,)
             The class with the highest score.
         """
-        check_is_fitted(self)
-        return self.classes_[self._decide(X).argmax(axis=1)]
+        fitted = self._as_fitted()
+        return fitted.classes_[fitted._scores(X).argmax(axis=1)]
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Give the classes' shares of the plasma's votes, ties broken.
 
         Parameters
@@ -418,10 +449,9 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         ndarray of shape (n, n_classes), float64
             The scores of ``decision_function``, class by class, over their sum.
         """
-        check_is_fitted(self)
-        return shares_of(self._decide(X))
+        return shares_of(self._as_fitted()._scores(X))
 
-    def decision_function(self, X):
+    def decision_function(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Give the classes' votes, and less than a vote for their affinity.
 
         Parameters
@@ -436,11 +466,12 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             with the highest affinity in the class. For two classes the difference, positive for
             ``classes_[1]``. With ``arbitration``, a network's label that stands has all votes.
         """
-        check_is_fitted(self)
-        scores = self._decide(X)
+        scores = self._as_fitted()._scores(X)
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
-    def kneighbors(self, X):
+    def kneighbors(
+        self, X: ArrayLike | torch.Tensor
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Find the flocked neighbours: the training examples that a response sets out from.
 
         Parameters
@@ -457,15 +488,20 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             Positions in the training data, and after its end in ``memory_[layer].cells``; -1 where
             a class has no more examples.
         """
-        check_is_fitted(self)
-        X = validate_rows(self, X)
-        distances, indices = {}, {}
-        for layer, features in self._features(X).items():
-            affinity, index = self._flock(features, layer)
-            distances[layer], indices[layer] = -affinity.cpu().numpy(), index.cpu().numpy()
-        return distances, indices
+        fitted = self._as_fitted()
+        X = validate_rows(fitted, X)
+        distances, indices = ({layer: [] for layer in fitted.layers_} for _ in range(2))
+        for rows in fitted._features.row_blocks(len(X)):
+            for layer, features in fitted._features(X[rows]).items():
+                affinity, index = fitted._flock(features, layer)
+                distances[layer].append(-affinity.cpu().numpy())
+                indices[layer].append(index.cpu().numpy())
+        return tuple(
+            {layer: np.concatenate(parts) for layer, parts in found.items()}
+            for found in (distances, indices)
+        )
 
-    def respond(self, X, y=None):
+    def respond(self, X: ArrayLike | torch.Tensor, y: None = None) -> ImmuneResponse:
         """Give everything that the responses to some rows produce.
 
         Parameters
@@ -480,7 +516,9 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         ImmuneResponse
             Predictions, plasma and memory cells, curves over the generations, and the threat.
         """
-        check_is_fitted(self)
+        return self._as_fitted()._respond(X)
+
+    def _respond(self, X):
         rows = validate_rows(self, X)
         response = join_responses(self._answer(rows, self._respond_block))
         if self.arbitration is not None or self.triage:
@@ -490,9 +528,13 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             response = replace(response, proba=proba, labels=labels, p_values=p_values)
         if not hasattr(self, "threat_scorer_"):
             return response
-        return replace(response, threat=-self.threat_scorer_.score_samples(X))
+        scores = check_threat_scores(self.threat_scorer_.score_samples(X), len(rows))
+        return replace(response, threat=-scores)
 
-    def _decide(self, X):
+    def _as_fitted(self):
+        return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
+
+    def _scores(self, X):
         rows = validate_rows(self, X)
         if self.arbitration is None and not self.triage:
             return np.concatenate(self._answer(rows, self._score_block))
@@ -505,7 +547,15 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
     def _answer(self, X, answer_block):
         """Answer blocks of rows whose populations fit into memory."""
         n_threads = effective_n_jobs(self.n_jobs)
-        bank = self._bank()
+        backend, _ = get_active_backend(prefer="threads")
+        if n_threads > 1 and not getattr(backend, "supports_sharedmem", False):
+            self._features.warn_once(
+                "backend",
+                "n_jobs runs threads of this process, which share the network and the neighbours: "
+                f"the joblib backend {type(backend).__name__} is not used. To predict on several "
+                "machines, send the fitted estimator and parts of X to its workers.",
+            )
+        bank = self._cells
         row_bytes = self.population_size * bank[0].nbytes
         block_bytes = memory_budget(bank.device) // (POPULATIONS_HELD * n_threads)
         if bank.device.type == "cpu":
@@ -524,12 +574,14 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             def answer(rows):
                 try:
                     given = [answer_block(rows, on_decided)]
-                except torch.OutOfMemoryError as error:
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
                     if len(rows) == 1:
                         raise MemoryError(
-                            f"The population of a single row does not fit into the memory of "
-                            f"{bank.device}: {error} Use a smaller population_size, a start_layer "
-                            "with fewer features, or device='cpu'."
+                            f"The population of a single sample does not fit into the memory of "
+                            f"{bank.device}: {error} Use a smaller population_size, fewer "
+                            "generations, a start_layer with fewer features, or device='cpu'."
                         ) from error
                     half = len(rows) // 2
                     return answer(rows[:half]) + answer(rows[half:])
@@ -589,7 +641,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             n_plasma=n_elite(self.plasma_fraction, self.population_size),
             early_stopping=self.early_stopping,
         )
-        bank = self._bank()
+        bank = self._cells
         domain = self._domain.on(bank)
         for number, (layer, antigens) in enumerate(self._features(X).items()):
             flocked, index = self._flock(antigens, layer)
@@ -606,6 +658,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
                 keep_cells=keep_cells,
                 on_decided=on_decided,
             )
+            check_alive(population, layer)
             yield layer, flocked, population
 
     def _scale_tau(self, X):
@@ -623,9 +676,11 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
 
     def _flock(self, features, layer):
         k = int(self.n_neighbors_.max())
-        flock = self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
         if layer not in self._remembered:
-            return flock
+            return self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
+        # Remembered cells count towards k where a class has fewer samples.
+        k = min(self.n_neighbors, k + int(self._remembered[layer].n_samples_.max()))
+        flock = self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
         affinity, index = self._remembered[layer].kneighbors(features, k)
         return join_flocks(flock, (affinity, torch.where(index < 0, index, index + len(self._y))))
 
@@ -633,7 +688,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         """Give what computes training features anew, if they are not kept in full precision."""
         if self.storage != "float16":
             return None
-        return lambda index: self._features.from_start(self._bank()[index], layer)
+        return lambda index: self._features.from_start(self._cells[index], layer)
 
     def _comparison(self):
         return {
@@ -649,7 +704,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         return measure
 
     def _draw_for(self, number, domain):
-        bank = self._bank()
+        bank = self._cells
         shape = self.population_size, bank.shape[1]
         mutation = self.rho, self.delta_min, self.delta_max
         key = number, shape, mutation, bank.device
@@ -668,12 +723,6 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
                 self._draws.pop(other, None)
         return self._draws.setdefault(key, draw)
 
-    def _bank(self):
-        """Give the cells that populations are cloned from, on the device."""
-        if not isinstance(self._cells, torch.Tensor) or self._cells.device != self._features.device:
-            self._cells = self._features.to_device(self._cells)
-        return self._cells
-
     def _vote(self, layer, flocked, population):
         ranking = fittest(population.affinity, self.population_size)
         plasma = ranking[:, : n_elite(self.plasma_fraction, self.population_size)]
@@ -688,6 +737,14 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         state = super().__getstate__()
         if "_cells" in state:
             # Plain arrays load where there is no GPU, and joblib can map them from disk.
-            state["_cells"] = torch.as_tensor(state["_cells"]).cpu().numpy()
-            state["_draws"] = {}
+            state |= {"_cells": state["_cells"].cpu().numpy(), "_draws": {}}
         return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "_cells" in state:
+            with warnings.catch_warnings():
+                # Cells that are mapped from disk stay there; torch warns that they are read-only.
+                warnings.simplefilter("ignore", UserWarning)
+                cells = torch.from_numpy(np.asarray(state["_cells"]))
+            self._cells = cells.to(self._features.device)

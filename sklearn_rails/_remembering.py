@@ -1,13 +1,20 @@
 """What RAILS learns after it was fitted: memory cells, and more training rows."""
 
+from numbers import Real
+from typing import Self
+
 import numpy as np
 import torch
-from sklearn.utils import column_or_1d
-from sklearn.utils.multiclass import check_classification_targets
+from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from ._compat import fit_context
-from ._validation import all_or_nothing, validate_rows
+from ._validation import (
+    check_known_labels,
+    restore_on_error,
+    validate_labels,
+    validate_rows,
+)
 from .immune.flocking import ClassNeighbors
 from .immune.memory import MemoryBank
 from .immune.response import ImmuneResponse
@@ -16,9 +23,14 @@ from .immune.response import ImmuneResponse
 class Remembers:
     """The part of RAILS that learns from responses and from more data."""
 
-    @all_or_nothing
+    @restore_on_error
     @fit_context(prefer_skip_nested_validation=False)
-    def partial_fit(self, X, y, classes=None):
+    def partial_fit(
+        self,
+        X: ArrayLike | torch.Tensor,
+        y: ArrayLike | torch.Tensor,
+        classes: ArrayLike | None = None,
+    ) -> Self:
         """Add labelled training data, and keep what is remembered.
 
         Parameters
@@ -28,8 +40,8 @@ class Remembers:
         y : array-like of shape (n,)
             Their classes.
         classes : array-like of shape (n_classes,), default=None
-            All classes that may ever come; others are then an error. ``classes_`` has those of
-            which there is an example: a class without one cannot be flocked.
+            All classes that will ever come, those without a sample included; others are then an
+            error. A class without samples has no neighbours and gets no votes.
 
         Returns
         -------
@@ -44,20 +56,23 @@ class Remembers:
             ``classes``. The estimator is then as it was before.
         """
         if not hasattr(self, "classes_"):
-            allowed = None if classes is None else np.unique(classes)
-            self._check_classes(y, allowed)
-            self.fit(X, y)
-            self._allowed = allowed
-            return self
-        self._check_classes(y, getattr(self, "_allowed", None) if classes is None else classes)
-        rows = validate_rows(self, X)
-        y = column_or_1d(y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y)
-        check_consistent_length(rows, y)
-        check_classification_targets(y)
-        known, to_device = self.classes_, self._features.to_device
-        if (known.dtype.kind in "US") != (y.dtype.kind in "US"):
+            self._named_classes = classes
+            return self.fit(X, y)
+        y = validate_labels(y)
+        known = self.classes_
+        if classes is not None:
+            check_known_labels(y, classes, "classes")
+        elif self._classes_are_named:
+            check_known_labels(y, known, "the classes of the first call")
+        if _holds_strings(known) != _holds_strings(y):
             raise ValueError(f"y has labels of {y.dtype}, but those of fit are of {known.dtype}.")
-        self.classes_ = np.unique(np.concatenate([known, y]))
+        # All samples are indexed anew, by the network as it is now.
+        self._features = self._features.rebased()
+        rows = validate_rows(self, X)
+        check_consistent_length(rows, y)
+        named = () if classes is None else classes
+        self.classes_ = np.unique(np.concatenate([known, y, *([named] if len(named) else [])]))
+        to_device = self._features.to_device
         before = self._cells if self._features.start_layer is None else self._rows
         rows = torch.cat([to_device(before), to_device(rows)])
         rows = rows.numpy() if rows.device.type == "cpu" else rows
@@ -71,8 +86,14 @@ class Remembers:
         self._index_memory()
         return self
 
-    @all_or_nothing
-    def remember(self, response, y=None, *, confidence=0.9):
+    @restore_on_error
+    def remember(
+        self,
+        response: ImmuneResponse,
+        y: ArrayLike | torch.Tensor | None = None,
+        *,
+        confidence: float = 0.9,
+    ) -> Self:
         """Keep a response's memory cells: from now on they are flocked as training rows are.
 
         Of each row those cells are kept that are of the class that it was answered with, if the
@@ -115,7 +136,8 @@ class Remembers:
         self._index_memory()
         return self
 
-    def forget(self):
+    @restore_on_error
+    def forget(self) -> Self:
         """Forget all that is remembered.
 
         Returns
@@ -124,6 +146,9 @@ class Remembers:
             The estimator itself.
         """
         check_is_fitted(self)
+        return self._forget()
+
+    def _forget(self):
         shape = self._features.start_shape
         self.memory_ = {
             layer: MemoryBank(self.memory_capacity, len(self.classes_), shape)
@@ -134,7 +159,7 @@ class Remembers:
 
     def _find_cells(self, index, layer):
         """Give training rows, or beyond these remembered cells, by their positions."""
-        bank, n_train = self._bank(), len(self._y)
+        bank, n_train = self._cells, len(self._y)
         if layer not in self._remembered:
             return bank[index]
         cells = bank[index.clamp(max=n_train - 1)]
@@ -157,7 +182,7 @@ class Remembers:
         """Give the class that each row's memories must be of, and the rows that are kept."""
         if not isinstance(response, ImmuneResponse):
             raise TypeError(f"response must be what respond gave, got {type(response).__name__}.")
-        if not 0 <= confidence <= 1:
+        if not isinstance(confidence, Real) or not 0 <= confidence <= 1:
             raise ValueError(f"confidence={confidence!r} must be between 0 and 1.")
         shape = self._features.start_shape
         fits = set(response.memory) == set(self.layers_) and all(
@@ -174,13 +199,11 @@ class Remembers:
             plasma = np.concatenate(list(response.plasma_labels.values()), axis=1)
             agreed = (plasma == response.labels[:, None]).mean(axis=1)
             return np.searchsorted(self.classes_, response.labels), agreed >= confidence
-        y = column_or_1d(y)
+        y = validate_labels(y)
         check_consistent_length(response.labels, y)
-        self._check_classes(y, self.classes_)
+        check_known_labels(y, self.classes_, "the classes of fit")
         return np.searchsorted(self.classes_, y), np.ones(len(y), dtype=bool)
 
-    @staticmethod
-    def _check_classes(y, allowed):
-        unknown = () if allowed is None else np.setdiff1d(y, allowed)
-        if len(unknown):
-            raise ValueError(f"y has classes that are not known: {unknown.tolist()}.")
+
+def _holds_strings(labels):
+    return all(isinstance(label, str) for label in labels.tolist())

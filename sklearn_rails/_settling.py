@@ -4,17 +4,11 @@ import reprlib
 
 import numpy as np
 import torch
-from sklearn.utils import gen_batches
-from sklearn.utils.validation import check_is_fitted
 
 from ._conformal import conformal_p_values, sample_rows, warn_of_few_rows
 from .immune.conformity import disagreement
 from .immune.consensus import count_votes, fittest, n_elite, tie_break
 from .immune.flocking import flock_without_own
-
-# Rows whose features are computed together, at most, where they need no population. Fewer where
-# their features are many.
-FIT_ROWS = 1024
 
 # Training rows by which the network's labels are judged: enough for a rate of 5 % to be met within
 # a point (one standard deviation 0.7).
@@ -27,13 +21,10 @@ class SettlesRows:
     def _settle(self, rows, X):
         """Give scores without any breeding, for which rows it is needed, and why."""
         if self.triage:
-            check_is_fitted(
-                self,
-                "threat_scorer_",
-                msg="threat_scorer was None when %(name)s was fitted: fit it again.",
-            )
             alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
-            scores = [self._count_flock(rows[part]) for part in self._small_blocks(len(rows))]
+            scores = [
+                self._count_flock(rows[part]) for part in self._features.row_blocks(len(rows))
+            ]
             return np.concatenate(scores), alarms, None
         scores, p_values = self._arbitrate(rows)
         return scores, p_values <= self.arbitration, p_values
@@ -54,12 +45,9 @@ class SettlesRows:
 
     def _arbitrate(self, X):
         """Give the scores with which the network's labels stand, and the labels' p-values."""
-        check_is_fitted(
-            self, "_calibration", msg="arbitration was None when %(name)s was fitted: fit it again."
-        )
         n_plasma = n_elite(self.plasma_fraction, self.population_size)
         scores, p_values = [], []
-        for rows in self._small_blocks(len(X)):
+        for rows in self._features.row_blocks(len(X)):
             labels = self._network_labels(X[rows])
             votes = len(self.layers_) * count_votes(
                 labels[:, None].expand(-1, n_plasma), len(self.classes_)
@@ -95,7 +83,8 @@ class SettlesRows:
             "Take a larger value, or more training rows (1,000 are used at most).",
         )
         parts = [
-            self._disagreement_without_own(X, own[block]) for block in self._small_blocks(len(own))
+            self._disagreement_without_own(X, own[block])
+            for block in self._features.row_blocks(len(own))
         ]
         return np.sort(np.concatenate(parts))
 
@@ -112,10 +101,6 @@ class SettlesRows:
             )
             against = against + disagreement(flocked, labels) / self.tau_[layer]
         return against.cpu().numpy()
-
-    def _small_blocks(self, n_samples):
-        size = min(FIT_ROWS, self._features.row_blocks(n_samples)[0].stop)
-        return gen_batches(n_samples, size)
 
     def _check_outputs(self, X):
         """Complain where the network has no answers that could be put to the vote."""

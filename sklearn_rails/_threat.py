@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import OneToOneFeatureMixin, OutlierMixin, TransformerMixin
-from sklearn.utils import check_random_state, gen_batches
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils import check_random_state
 
 from ._compat import Interval, StrOptions, fit_context
 from ._conformal import (
@@ -18,8 +17,8 @@ from ._conformal import (
     sample_rows,
     warn_of_few_rows,
 )
-from ._validation import all_or_nothing, validate_fit_rows, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, feature_map, open_parameter
+from ._validation import NEIGHBORS_ARE_STALE, as_fitted, restore_on_error, validate_rows
+from .features import NETWORK_CONSTRAINTS, SharesNetwork, prepare_fit
 from .immune.sensing import ABOUT_ANSWERS, ABOUT_LABELS, SENSORS, CleanRows, NewRows
 
 # Rows that calibrate, each left out of its own neighbours: enough for a false-alarm rate of 5 %
@@ -31,9 +30,6 @@ MAX_CALIBRATION_ROWS = 5000
 # 0.095 for a quarter of 60 rows of unbalanced classes, 0.105 for a third and 0.12 for half of them,
 # that of "lid" 0.16 for all of 40 rows.
 MAX_NEIGHBOR_SHARE = 0.25
-
-# Samples that are scored together, at most. Fewer where their features are many.
-BLOCK_ROWS = 1024
 
 
 class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
@@ -200,7 +196,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         self.batch_size = batch_size
         self.random_state = random_state
 
-    @all_or_nothing
+    @restore_on_error
     @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor | None = None) -> Self:
         """Learn what clean rows look like.
@@ -227,13 +223,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             If a parameter or the data is invalid, the network does not fit the data, or a layer or
             the device is not there. The estimator is then as it was before.
         """
-        X, y = validate_fit_rows(self, X, y, input_shape=open_parameter(self, "input_shape"))
+        self.methods_ = self._check_methods()
+        needs_output = y is None or bool(set(self.methods_) & {*ABOUT_LABELS, *ABOUT_ANSWERS})
+        X, y = prepare_fit(self, X, y, network=self.feature_extractor, with_output=needs_output)
         if len(X) < 2:
             raise ValueError(f"{type(self).__name__} needs 2 rows or more, got n_samples={len(X)}.")
-        self.methods_ = self._check_methods()
-        self._features = feature_map(self, self.feature_extractor)
-        self._features.probe(X)
-        self.layers_ = self._features.layers
         n_others = len(X) - 1
         most = max(2, int(MAX_NEIGHBOR_SHARE * n_others))
         self.n_neighbors_ = min(int(self.n_neighbors), most, n_others)
@@ -246,12 +240,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         rng = check_random_state(self.random_state)
         own = sample_rows(len(X), MAX_CALIBRATION_ROWS, rng)
         parts = []
-        for block in self._blocks(len(own)):
+        for block in self._features.row_blocks(len(own)):
             rows = own[block]
             here = {layer: f[rows] for layer, f in features.items()}
             parts.append(self._sense(X[rows], here, self._outputs(X[rows]), rows))
         self._calibrate(_concatenate(parts), rng)
-        self._passes_through = self.output == "passthrough"
         return self
 
     def fit_predict(
@@ -288,9 +281,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             One column a method: the sum over layers of minus the log of the p-value. Higher is
             more suspect.
         """
-        check_is_fitted(self)
-        rows = validate_rows(self, X)
-        return X if self._passes_through else self._weigh(rows)
+        fitted = self._as_fitted()
+        rows = validate_rows(fitted, X)
+        return X if fitted.output == "passthrough" else fitted._weigh(rows)
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> np.ndarray:
         """Name the columns of ``transform``.
@@ -305,8 +298,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         ndarray of str
             ``"threat_<method>"``, or the inputs' names.
         """
-        check_is_fitted(self)
-        if self._passes_through:
+        if self._as_fitted().output == "passthrough":
             return OneToOneFeatureMixin.get_feature_names_out(self, input_features)
         return np.array([f"threat_{method}" for method in self.methods_], dtype=object)
 
@@ -323,8 +315,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         ndarray of shape (n,), float64
             As outlier detectors have it: lower is more suspect.
         """
-        check_is_fitted(self)
-        return -self._weigh(validate_rows(self, X)).sum(axis=1)
+        fitted = self._as_fitted()
+        return -fitted._weigh(validate_rows(fitted, X)).sum(axis=1)
 
     def decision_function(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
         """Give the distance from an alarm.
@@ -366,12 +358,20 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             )
         return methods
 
+    def _as_fitted(self):
+        return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
+
     def _check_network(self, X):
         about = [m for m in self.methods_ if m in ABOUT_ANSWERS]
         if about and not self._features.has_network:
             raise ValueError(
                 f"method={self.method!r}: {about[0]!r} is about a network's answers, but there is "
                 "no network: give a feature_extractor, or another method."
+            )
+        if "feature_squeezing" in self.methods_ and self._features.integer_input:
+            raise ValueError(
+                f"method={self.method!r}: 'feature_squeezing' rounds the input, but the network "
+                "takes integers such as token ids, which cannot be rounded. Use another method."
             )
         if "lid" in self.methods_ and self.n_neighbors_ < 2:
             raise ValueError(
@@ -389,10 +389,6 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             return np.zeros(len(X), dtype=np.int64), 1
         n_outputs = self._features.outputs(X[:1]).shape[1]
         return self._features.predict(X).cpu().numpy(), max(n_outputs, 2)
-
-    def _blocks(self, n_samples):
-        size = min(BLOCK_ROWS, self._features.row_blocks(n_samples)[0].stop)
-        return gen_batches(n_samples, size)
 
     def _outputs(self, X, *, check_finite=True):
         """Return the network's outputs, or None if no method is about them."""
@@ -429,7 +425,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         return scores
 
     def _weigh(self, X):
-        parts = [self._sense_new(X[block]) for block in self._blocks(len(X))]
+        parts = [self._sense_new(X[block]) for block in self._features.row_blocks(len(X))]
         return self._evidence(_concatenate(parts))
 
     def _evidence(self, scores):

@@ -1,35 +1,148 @@
-"""Checks that the estimators share: rows of images, and fits that fail without a trace."""
+"""Checks that the estimators share: samples and labels, and fits that fail without a trace."""
 
 import functools
 import math
+import sys
+from numbers import Integral
 
 import numpy as np
 import torch
-from sklearn.utils import get_tags
+from scipy.sparse import issparse
+from sklearn.utils import check_random_state, get_tags
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, column_or_1d, validate_data
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 
 DTYPE_OF = {"float32": np.float32, "float64": np.float64}
 
+# Kept as they are for a network that may take them: token ids must not pass through float32.
+INTEGER_DTYPES = [np.dtype(code) for code in "bhilqBHILQ"]
 
-def all_or_nothing(fit):
-    """Make a method that fails leave its estimator as it was."""
+# Parameters that decide how predictions are computed, and not what they are. These alone act at
+# once when they are set after fit.
+EXECUTION_PARAMETERS = ("n_jobs", "verbose")
 
-    @functools.wraps(fit)
+# Parameters that only fit reads.
+FIT_PARAMETERS = (
+    "algorithm",
+    "calibration",
+    "feature_extractor",
+    "module",
+    "random_state",
+    "threat_scorer",
+)
+
+
+# What a network that has changed since fit does to estimators that compare with training samples.
+NEIGHBORS_ARE_STALE = "the features of the training samples are those of the network as it was."
+
+
+def restore_on_error(method):
+    """Restore the estimator's attributes and random state if the decorated method raises.
+
+    The method works on a shallow copy, whose new attributes the estimator takes over when it is
+    done; meanwhile the estimator is its ``_original``. ``fit`` keeps the parameters that it ran
+    with for :func:`as_fitted`.
+
+    Parameters
+    ----------
+    method : callable
+        A method that returns the estimator.
+
+    Returns
+    -------
+    callable
+    """
+
+    @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        before = dict(vars(self))
+        names = self.get_params(deep=False)
+        params = {name: plain_scalar(value) for name, value in names.items()}
+        if method.__name__ != "fit":
+            params |= getattr(self, "_fitted_params", {})
+        work = self._with(params)
+        work._original = self
+        rng = check_random_state(params.get("random_state"))
+        state = rng.get_state(legacy=False)
         try:
-            return fit(self, *args, **kwargs)
+            method(work, *args, **kwargs)
         except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
+            rng.set_state(state)
             raise
+        if method.__name__ == "fit":
+            used = set(names) - set(FIT_PARAMETERS) - set(EXECUTION_PARAMETERS)
+            work._fitted_params = {name: params[name] for name in used}
+        vars(work).pop("_original", None)
+        learned = {name: value for name, value in vars(work).items() if name not in names}
+        for name in set(vars(self)) - set(learned) - set(names):
+            delattr(self, name)
+        vars(self).update(learned)
+        return self
 
     return wrapped
 
 
-def validate_fit_rows(estimator, X, y=None, *, input_shape):
-    """Check training rows and remember their shape on the estimator.
+def as_fitted(estimator, *, consequence=None):
+    """Return an estimator as its last fit made it, whatever has been set since.
+
+    Parameters
+    ----------
+    estimator : estimator
+    consequence : str, default=None
+        What it means for the estimator if its network has changed since fit, for a warning.
+
+    Returns
+    -------
+    estimator
+        A view that shares the fitted attributes.
+
+    Raises
+    ------
+    sklearn.exceptions.NotFittedError
+        If the estimator is not fitted.
+    """
+    check_is_fitted(estimator)
+    estimator._features.follow_network(consequence=consequence)
+    execution = {
+        name: plain_scalar(getattr(estimator, name))
+        for name in EXECUTION_PARAMETERS
+        if hasattr(estimator, name)
+    }
+    return estimator._with(estimator._fitted_params | execution)
+
+
+def find_user_level():
+    """Find the stack level, seen from the caller, of the first line of the user's own.
+
+    That is a line outside of this package, scikit-learn and joblib.
+
+    Returns
+    -------
+    int
+        For ``stacklevel`` of :func:`warnings.warn`.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_of_a_library(frame):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_of_a_library(frame):
+    name = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] in ("sklearn_rails", "sklearn", "joblib")
+
+
+def plain_scalar(value):
+    """Turn a scalar of numpy into Python's, whose arithmetic does not overflow."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def validate_fit_rows(estimator, X, y=None, *, input_shape, keep_integers=False):
+    """Check training samples and remember their shape on the estimator.
 
     Sets ``n_features_in_``, ``feature_names_in_`` where there are names, and ``input_shape_``.
 
@@ -41,6 +154,8 @@ def validate_fit_rows(estimator, X, y=None, *, input_shape):
         Class labels.
     input_shape : tuple of int or None
         The parameter; None takes the shape of X.
+    keep_integers : bool, default=False
+        Keep integers as they are, for a network that may take them.
 
     Returns
     -------
@@ -49,17 +164,20 @@ def validate_fit_rows(estimator, X, y=None, *, input_shape):
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If X, y or ``input_shape`` does not fit.
     """
+    wanted = _check_shape(input_shape)
     flat, shape = _flatten(X)
-    wanted = None if input_shape is None else tuple(int(size) for size in input_shape)
     if wanted is not None and len(shape) > 1 and shape != wanted:
-        raise ValueError(f"input_shape={wanted} was given, but the rows of X have shape {shape}.")
-    flat, y = _validate_flat(estimator, flat, y, reset=True)
+        raise ValueError(
+            f"input_shape={wanted} was given, but the samples of X have shape {shape}."
+            + _shape_hint(flat, shape, wanted)
+        )
+    flat, y = _validate_flat(estimator, flat, y, reset=True, keep_integers=keep_integers)
     if wanted is not None and math.prod(wanted) != flat.shape[1]:
         raise ValueError(
-            f"input_shape={wanted} holds {math.prod(wanted)} values a row, but X has "
+            f"input_shape={wanted} holds {math.prod(wanted)} values a sample, but X has "
             f"{flat.shape[1]} features."
         )
     estimator.input_shape_ = wanted or (shape if len(shape) > 1 else (flat.shape[1],))
@@ -67,7 +185,7 @@ def validate_fit_rows(estimator, X, y=None, *, input_shape):
 
 
 def validate_rows(estimator, X):
-    """Check rows for a fitted estimator.
+    """Check samples for a fitted estimator.
 
     Parameters
     ----------
@@ -80,34 +198,173 @@ def validate_rows(estimator, X):
 
     Raises
     ------
-    ValueError
-        If X has another shape than the training rows, or holds NaN or infinity.
+    TypeError, ValueError
+        If X has another shape than the training samples, or holds NaN or infinity.
     """
     flat, shape = _flatten(X)
-    if len(shape) > 1 and shape != estimator.input_shape_:
+    expected = estimator.input_shape_
+    hint = _shape_hint(flat, shape, expected)
+    if len(shape) > 1 and shape != expected:
         raise ValueError(
-            f"X has rows of shape {shape}, but {type(estimator).__name__} was fitted on rows of "
-            f"shape {estimator.input_shape_}."
+            f"X has samples of shape {shape}, but {type(estimator).__name__} was fitted on samples "
+            f"of shape {expected}.{hint}"
         )
-    return _validate_flat(estimator, flat, None, reset=False)[0]
+    features = getattr(estimator, "_features", None)
+    takes_integers = features is not None and features.integer_input
+    try:
+        rows = _validate_flat(estimator, flat, None, reset=False, keep_integers=takes_integers)[0]
+    except ValueError as error:
+        raise (ValueError(f"{error}{hint}") if hint else error) from None
+    if takes_integers and not (rows == rows.round()).all():
+        raise ValueError(
+            f"X must hold integers, as the network of {type(estimator).__name__} takes them and "
+            "had them in fit; got other numbers."
+        )
+    if features is not None:
+        rows = features.cast(rows)
+        features.check_range(rows)
+    return rows
+
+
+def validate_labels(y):
+    """Turn labels in any of their forms into an array.
+
+    Parameters
+    ----------
+    y : array-like or torch.Tensor of shape (n,)
+
+    Returns
+    -------
+    ndarray of shape (n,)
+
+    Raises
+    ------
+    ValueError
+        If they are not one-dimensional, or cannot be classes.
+    """
+    y = column_or_1d(_labels_of_tensor(y), warn=True)
+    check_classification_targets(y)
+    return y
+
+
+def check_known_labels(y, classes, source):
+    """Raise an error for labels that are not among some classes.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n,)
+    classes : array-like of shape (n_classes,)
+    source : str
+        Where the classes come from, for the error.
+
+    Raises
+    ------
+    ValueError
+        If there are other labels.
+    """
+    unknown = sorted(set(np.unique(y).tolist()) - set(np.unique(classes).tolist()), key=str)
+    if unknown:
+        raise ValueError(f"y has labels that are not among {source}: {unknown}.")
+
+
+def _check_shape(input_shape):
+    if input_shape is None:
+        return None
+    sizes = tuple(plain_scalar(size) for size in input_shape)
+    if not sizes or not all(isinstance(size, Integral) and size > 0 for size in sizes):
+        raise ValueError(
+            f"input_shape={input_shape!r} must hold positive integers, such as (1, 28, 28)."
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def _shape_hint(X, shape, expected):
+    """Say what may be wrong with samples of another shape, or nothing."""
+    given = (*X.shape[:1], *(shape or X.shape[1:])) if hasattr(X, "shape") else ()
+    if len(expected) < 2 or shape == expected:
+        return ""
+    if given == expected:
+        return " That is the shape of a single sample: pass X[None]."
+    if len(expected) == 3:
+        if given[1:] == (*expected[1:], expected[0]):
+            return " The channels stand last: pass X.transpose(0, 3, 1, 2)."
+        if given == (*expected[1:], expected[0]):
+            return (
+                " That is a single image with the channels last: pass X.transpose(2, 0, 1)[None]."
+            )
+        if expected[0] == 1 and given[1:] == expected[1:]:
+            return " The axis of the channels is missing: pass X[:, None]."
+        if expected[0] == 1 and given == expected[1:]:
+            return " That is a single image without channels: pass X[None, None]."
+    return ""
 
 
 def _flatten(X):
     """Lay n-dimensional arrays and tensors out as rows; leave all else to scikit-learn."""
+    if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):
+        X = torch.stack([torch.as_tensor(sample) for sample in X])
     if isinstance(X, torch.Tensor):
-        X = X.detach()
-        if X.device.type == "cpu":
-            X = X.numpy()
+        X = _plain_tensor(X)
+    elif isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
+        raise ValueError("X has masked values; fill them, or drop their samples.")
+    elif not isinstance(X, np.ndarray) and _may_be_nested(X):
+        array = _nested_array(X)
+        X = array if array.ndim > 2 else X
     if not isinstance(X, np.ndarray | torch.Tensor) or X.ndim < 3:
         return X, ()
     shape = tuple(X.shape[1:])
     return X.reshape(len(X), math.prod(shape)), shape
 
 
-def _validate_flat(estimator, X, y, *, reset):
+def _may_be_nested(X):
+    """Check for lists and array-likes of three dimensions or more, but not for frames."""
+    if isinstance(X, list | tuple):
+        return True
+    is_frame = hasattr(X, "__dataframe__") or hasattr(X, "iloc")
+    return hasattr(X, "__array__") and not is_frame and not issparse(X)
+
+
+def _nested_array(X):
+    try:
+        array = np.asarray(X)
+    except ValueError as error:
+        raise ValueError(f"X is not an array of samples of one shape: {error}") from error
+    if array.dtype == object and array.ndim > 2:
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"X must hold numbers: {error}") from error
+    return array
+
+
+def _plain_tensor(X):
+    """Turn a tensor into an array, or one on a GPU into a plain tensor."""
+    if X.is_nested or X.layout != torch.strided or X.is_quantized:
+        raise ValueError(
+            f"X must be a dense tensor, got one of layout {X.layout} and type {X.dtype}."
+        )
+    if X.is_meta:
+        raise ValueError("X is a tensor on the meta device, which holds no values.")
+    if X.is_complex():
+        raise ValueError(f"Complex data not supported: X is a tensor of type {X.dtype}.")
+    X = X.detach().resolve_neg()
+    if X.is_floating_point() and X.dtype not in (torch.float32, torch.float64):
+        X = X.float()
+    return X.numpy() if X.device.type == "cpu" else X
+
+
+def _labels_of_tensor(y):
+    if not isinstance(y, torch.Tensor):
+        return y
+    if y.is_meta or y.is_nested or y.layout != torch.strided:
+        raise ValueError("y must be a dense tensor that holds values, one label a sample.")
+    y = y.detach().cpu()
+    return (y.float() if y.dtype == torch.bfloat16 else y).numpy()
+
+
+def _validate_flat(estimator, X, y, *, reset, keep_integers):
     y_required = reset and get_tags(estimator).target_tags.required
-    if isinstance(y, torch.Tensor):
-        y = y.detach().cpu().numpy()
+    y = _labels_of_tensor(y)
     if isinstance(X, torch.Tensor):
         _validate_tensor(estimator, X, reset=reset)
         if y is not None or y_required:
@@ -115,6 +372,9 @@ def _validate_flat(estimator, X, y, *, reset):
             check_consistent_length(X, y)
     else:
         dtype = DTYPE_OF[estimator.dtype]
+        if keep_integers:
+            # Behind fit, whole numbers may come as floats; float32 could not hold all of them.
+            dtype = [dtype if reset else np.float64, *INTEGER_DTYPES]
         if y is None and not y_required:
             X = validate_data(estimator, X, reset=reset, dtype=dtype)
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.base import clone
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -309,7 +310,7 @@ def run(options):
     first = np.argsort(~turned, kind="stable")[:4]
     display = ImmuneResponseDisplay.from_estimator(
         # All generations, so that there are curves to see.
-        classifiers["RAILS"].set_params(early_stopping=False),
+        clone(classifiers["RAILS"]).set_params(early_stopping=False).fit(X_train, y_train),
         X_attacked[first],
         X_train=X_train,
         network_labels=network_labels[first],

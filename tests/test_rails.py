@@ -387,8 +387,8 @@ def test_bad_data_is_named_and_leaves_no_trace(fitted, split):
     for bad_X, bad_y, message in (
         (np.where(np.eye(*X.shape), np.nan, X), y, "NaN"),
         (np.where(np.eye(*X.shape), np.inf, X), y, "infinity"),
-        (X[:, :63], y, r"input_shape=\(1, 8, 8\) holds 64 values a row, but X has 63"),
-        (X.reshape(-1, 8, 8), y, r"rows of X have shape \(8, 8\)"),
+        (X[:, :63], y, r"input_shape=\(1, 8, 8\) holds 64 values a sample, but X has 63"),
+        (X.reshape(-1, 8, 8), y, r"samples of X have shape \(8, 8\)"),
         (X, y[:-1], "inconsistent numbers of samples"),
         (X, y + 0.5, "Unknown label type"),
     ):
@@ -400,7 +400,7 @@ def test_bad_data_is_named_and_leaves_no_trace(fitted, split):
     with pytest.raises(ValueError, match="conv7"):
         unfitted.fit(X, y)
     assert vars(unfitted) == before
-    with pytest.raises(ValueError, match=r"shape \(8, 8\).*fitted on rows of shape \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(8, 8\).*fitted on samples of shape \(1, 8, 8\)"):
         fitted.predict(new.reshape(-1, 8, 8))
     with pytest.raises(TypeError, match="feature_extractor must be .* got str"):
         RAILSClassifier("resnet").fit(X, y)

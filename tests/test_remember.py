@@ -135,7 +135,9 @@ def test_nothing_is_remembered_of_what_does_not_fit(split, rails, conv_net):
         rows = new[:, : other.n_features_in_]
         with pytest.raises(ValueError, match="response is that of another estimator"):
             rails.remember(other.respond(rows))
-    with pytest.raises(ValueError, match=r"y has classes that are not known: \[11\]"):
+    with pytest.raises(
+        ValueError, match=r"y has labels that are not among the classes of fit: \[11\]"
+    ):
         rails.remember(response, np.full(len(new), 11))
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         rails.remember(response, y_new[:-1])
@@ -193,13 +195,13 @@ def test_what_is_remembered_outlives_more_data(split):
 def test_unknown_classes_are_told_and_change_nothing(split):
     X, y, new, _ = split
     rails = RAILSClassifier(**CHEAP)
-    with pytest.raises(ValueError, match=r"y has classes that are not known: \[9\]"):
+    with pytest.raises(ValueError, match=r"y has labels that are not among classes: \[9\]"):
         rails.partial_fit(X, y, classes=np.arange(9))
     assert not hasattr(rails, "classes_")
     some = y < 5
     rails.partial_fit(X[some], y[some], classes=np.arange(9))
     before = rails.predict_proba(new)
-    with pytest.raises(ValueError, match=r"not known: \[9\]"):
+    with pytest.raises(ValueError, match=r"not among the classes of the first call: \[9\]"):
         rails.partial_fit(X[y == 9], y[y == 9])
     with pytest.raises(ValueError, match=r"y has labels of <U21, but those of fit are of int64"):
         rails.partial_fit(X[some], y[some].astype(str), classes=list("01234"))
@@ -210,4 +212,4 @@ def test_unknown_classes_are_told_and_change_nothing(split):
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         rails.partial_fit(X[some], y[some][1:])
     assert_array_equal(rails.predict_proba(new), before)
-    assert_array_equal(rails.classes_, np.arange(5))
+    assert_array_equal(rails.classes_, np.arange(9))

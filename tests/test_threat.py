@@ -288,7 +288,7 @@ def test_outputs_that_are_not_finite_are_flagged_where_a_method_needs_them(metho
     assert_array_equal(scorer.predict(strange), -1)
     assert np.isfinite(scorer.score_samples(strange)).all()
     X[7, 0] = 3
-    with pytest.raises(ValueError, match="gives NaN or infinity for some rows of X"):
+    with pytest.raises(ValueError, match="gives NaN or infinity for some samples of X"):
         ThreatScorer(network, layers="hidden", method=method).fit(X)
 
 

@@ -8,7 +8,6 @@ import torch
 from numpy.testing import assert_array_equal
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import IsolationForest
-from sklearn.exceptions import NotFittedError
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
 from sklearn_rails._settling import check_threat_scores
@@ -97,9 +96,11 @@ def test_what_triage_cannot_do_without_is_told(task):
     both = RAILSClassifier(network, triage=True, arbitration=0.1, threat_scorer=ThreatScorer())
     with pytest.raises(ValueError, match=r"triage=True and arbitration=0.1 both say"):
         both.fit(X, y)
-    late = RAILSClassifier(network, **CHEAP).fit(X, y).set_params(triage=True)
-    with pytest.raises(NotFittedError, match="threat_scorer was None when RAILSClassifier was"):
-        late.predict(rows)
+    late = RAILSClassifier(network, **CHEAP).fit(X, y)
+    expected = late.predict(rows[:9])
+    assert_array_equal(late.set_params(triage=True).predict(rows[:9]), expected)
+    with pytest.raises(ValueError, match=r"triage=True needs .* got threat_scorer=None"):
+        late.fit(X, y)
 
 
 class Scripted(BaseEstimator):

@@ -39,11 +39,11 @@ def curves_of(task, settings):
         print(*(f"{name}: {np.mean(p):.3f}" for name, p in points.items()), flush=True)
 
     # All cells, and not the best of them.
-    rails.set_params(memory_fraction=1.0, early_stopping=False)
+    whole = own["parameters"] | {"memory_fraction": 1.0, "early_stopping": False}
     n_generations, rho = rails.generations, rails.rho
     for generation, changes in ((0, 0), *((g, rho) for g in range(n_generations + 1))):
-        rails.set_params(generations=generation, rho=changes)
-        add(lambda i: rails.respond(X[i : i + 1]).memory[layer][0])
+        bred = task.fit("RAILS", whole | {"generations": generation, "rho": changes})
+        add(lambda i, bred=bred: bred.respond(X[i : i + 1]).memory[layer][0])
     return {name: np.array(points).T for name, points in curves.items()}, layer
 
 

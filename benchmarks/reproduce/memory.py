@@ -52,9 +52,8 @@ def rows_of(task, settings):
     wrong = rails.predict(strong) != y_stream
     poison = strong[wrong], y_stream[wrong]
     bred_all = {"early_stopping": False, "generations": own["generations"]}
-    given = {name: getattr(rails, name) for name in bred_all}
-    before = rails.set_params(**bred_all).respond(again[: own["n_curve"]])
-    rails.set_params(**given)
+    curving = task.fit("RAILS", own["parameters"] | bred_all)
+    before = curving.respond(again[: own["n_curve"]])
 
     base = {}
     for how in ("none", "confident", "labelled", "all", "poisoned"):
@@ -80,8 +79,8 @@ def rows_of(task, settings):
         print(*list(line.values())[4:], flush=True)
         yield line
         if how == "confident":
-            met_again = rails.set_params(**bred_all).respond(again[: own["n_curve"]])
-            rails.set_params(**given)
+            remember(curving, how, stream, y_stream, poison)
+            met_again = curving.respond(again[: own["n_curve"]])
             mpl.use("Agg")
             curves = {"before memory": before, "met again": met_again}
             display = AffinityCurveDisplay.from_response(curves)

@@ -12,14 +12,14 @@ from train import attack
 N_GENERATIONS = 5
 
 
-def predict(fitted, X, over_generations):
-    """Give labels, of the last generation or of the plasma of all."""
+def predict(task, parameters, fitted, X, over_generations):
+    """Predict labels by the last generation, or by the plasma of all."""
     if over_generations is None:
         return fitted.predict(X)
     shares = []
     for generation in range(N_GENERATIONS + 1):
-        fitted.set_params(generations=generation, early_stopping=False)
-        shares.append(fitted.predict_proba(X))
+        bred = parameters | {"generations": generation, "early_stopping": False}
+        shares.append(task.fit("RAILS", bred).predict_proba(X))
     shares = np.array(shares)
     if over_generations == "sum":
         return fitted.classes_[shares.sum(axis=0).argmax(axis=1)]
@@ -40,7 +40,7 @@ def rows_of(task, settings):
         if factor is not None:
             parameters["tau"] = factor * tau
         fitted = task.fit("RAILS", parameters)
-        right = [predict(fitted, rows, over_generations) == y for rows in sets]
+        right = [predict(task, parameters, fitted, rows, over_generations) == y for rows in sets]
         if base is None:
             base, tau = right, fitted.tau_[fitted.layers_[0]]
         line = {

@@ -18,7 +18,7 @@ from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from .._validation import validate_rows
-from ..features.device import kept_random_state
+from ..features.device import RandomStateGuard
 from ..immune.flocking import ClassNeighbors
 from ..immune.maturation import find_domain
 from ..metrics._arrays import check_labels
@@ -426,5 +426,5 @@ class AdaptiveKNNAttack:
 @contextmanager
 def _gradients(device):
     """Enable gradients, and preserve torch's random state, which the network may use."""
-    with torch.inference_mode(False), torch.enable_grad(), kept_random_state(device):
+    with torch.inference_mode(False), torch.enable_grad(), RandomStateGuard(device):
         yield

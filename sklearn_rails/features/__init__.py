@@ -1,11 +1,12 @@
 """Everything that touches a torch module."""
 
-from .device import memory_budget
+from .device import is_out_of_memory, memory_budget
 from .extractor import (
     NETWORK_CONSTRAINTS,
     TorchFeatureExtractor,
     feature_map,
     open_parameter,
+    prepare_fit,
 )
 from .frozen import FrozenModule, SharesNetwork
 
@@ -15,6 +16,8 @@ __all__ = [
     "SharesNetwork",
     "TorchFeatureExtractor",
     "feature_map",
+    "is_out_of_memory",
     "memory_budget",
     "open_parameter",
+    "prepare_fit",
 ]

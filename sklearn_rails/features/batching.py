@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .device import is_out_of_memory
+
 # Sizes that are tried: on a CPU small batches stay in the caches, a GPU wants to be filled. Vectors
 # cost little each, so that the call itself weighs more.
 CPU_IMAGES, GPU_IMAGES, VECTORS = (64, 32, 128, 256), (1024, 256, 4096), (1024, 256, 4096)
@@ -30,10 +32,14 @@ class Layout:
     batch_size : int
     channels_last : bool
         Whether images are stored with the channels last.
+    exact : bool
+        Whether every micro-batch has exactly ``batch_size`` members, for networks that take
+        batches of one size only.
     """
 
     batch_size: int
     channels_last: bool = False
+    exact: bool = False
 
     def store(self, batch):
         """Give a batch in the layout's memory format.
@@ -53,7 +59,7 @@ class Layout:
         return stored.copy_(batch)
 
 
-def rows_layout(shape, device):
+def rows_layout(shape, device, *, is_vector=True):
     """Choose the layout for rows, of which there may be one or many.
 
     Parameters
@@ -61,6 +67,8 @@ def rows_layout(shape, device):
     shape : tuple of int
         Shape of one row.
     device : torch.device
+    is_vector : bool, default=True
+        Whether a row of one dimension is a plain vector, which costs little.
 
     Returns
     -------
@@ -68,10 +76,10 @@ def rows_layout(shape, device):
     """
     if device.type != "cpu":
         return Layout(GPU_IMAGES[0])
-    return Layout(CPU_ROWS[len(shape) == 1])
+    return Layout(CPU_ROWS[len(shape) == 1 and is_vector])
 
 
-def fastest_layout(run, shape, *, device, dtype):
+def fastest_layout(run, shape, *, device, dtype, max_seconds=math.inf, seconds_per_row=0.0):
     """Try layouts on blank rows and choose by the time that they take.
 
     Parameters
@@ -82,6 +90,10 @@ def fastest_layout(run, shape, *, device, dtype):
         Shape of one row.
     device : torch.device
     dtype : torch.dtype
+    max_seconds : float, default=inf
+        About how long all trials together may take; without time for them there are none.
+    seconds_per_row : float, default=0
+        An upper estimate of the time that one row takes.
 
     Returns
     -------
@@ -89,6 +101,10 @@ def fastest_layout(run, shape, *, device, dtype):
     """
     sizes = VECTORS if len(shape) == 1 else CPU_IMAGES if device.type == "cpu" else GPU_IMAGES
     smallest = min(sizes)
+    formats = (False, True) if len(shape) == 3 else (False,)
+    # Three passes find the number of rows, the trials follow.
+    if (3 + N_TRIALS * len(formats)) * smallest * seconds_per_row > max_seconds:
+        return Layout(smallest)
     row = torch.full((1, *shape), 0.5, device=device, dtype=dtype)
 
     def measure(n_rows, layout):
@@ -101,32 +117,36 @@ def fastest_layout(run, shape, *, device, dtype):
 
     try:
         seconds = min(measure(smallest, Layout(smallest)) for _ in range(2))
-    except torch.OutOfMemoryError:
-        return Layout(1)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return Layout(1)
+        raise
     n_rows = max(
         size for size in sizes if size * seconds <= smallest * TRIAL_SECONDS or size == smallest
     )
-    formats = (False, True) if len(shape) == 3 else (False,)
     layouts = [Layout(size, last) for last in formats for size in sizes if size <= n_rows]
     times = dict.fromkeys(layouts, math.inf)
     # In turn, so that a disturbance meets all of them.
     for layout in N_TRIALS * layouts:
         try:
             times[layout] = min(times[layout], measure(n_rows, layout))
-        except torch.OutOfMemoryError:
-            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
     best = min(layouts, key=times.get)
     return best if times[best] < CLEARLY * times[layouts[0]] else layouts[0]
 
 
-def halve_until_it_fits(run, layout):
-    """Run with a layout, and with half its batch size as long as the device's memory is too small.
+def halve_until_it_fits(run, layout, *, smallest=1):
+    """Run with a layout, and with half its batch size as long as memory is too small.
 
     Parameters
     ----------
     run : callable
         Takes a layout.
     layout : Layout
+    smallest : int, default=1
+        The smallest batch that the network takes.
 
     Returns
     -------
@@ -138,31 +158,33 @@ def halve_until_it_fits(run, layout):
     Raises
     ------
     MemoryError
-        If a single row does not fit.
+        If the smallest batch does not fit.
     """
     while True:
         try:
             return run(layout), layout
-        except torch.OutOfMemoryError as error:
-            if layout.batch_size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if layout.exact or layout.batch_size <= smallest:
                 raise no_room_for_a_row(error) from error
-            layout = replace(layout, batch_size=layout.batch_size // 2)
+            layout = replace(layout, batch_size=max(smallest, layout.batch_size // 2))
 
 
 def no_room_for_a_row(error):
-    """Explain that a device's memory is too small for the network.
+    """Explain that memory is too small for the network.
 
     Parameters
     ----------
-    error : torch.OutOfMemoryError
+    error : Exception
 
     Returns
     -------
     MemoryError
     """
     return MemoryError(
-        "The device's memory is too small for a single row to go through the network: "
-        f"{error} Free memory on the device, use device='cpu', or name an earlier layer."
+        "Memory is too small for a single sample to pass through the network: "
+        f"{error} Free memory, use device='cpu', a smaller batch_size, or an earlier layer."
     )
 
 
@@ -187,13 +209,27 @@ def iterate_batches(x, layout):
     size = layout.batch_size
     for start in range(0, len(x), size):
         batch = x[start : start + size]
-        n_rows = len(batch)
-        if n_rows < size:
-            batch = torch.cat([batch, batch[:1].expand(size - n_rows, *batch.shape[1:])])
-        yield slice(start, start + n_rows), layout.store(batch)
+        yield slice(start, start + len(batch)), layout.store(fill_up(batch, size))
 
 
-def tile_shape(n_cells, batch_size):
+def fill_up(batch, size):
+    """Fill a micro-batch up with copies of its first member.
+
+    Parameters
+    ----------
+    batch : torch.Tensor of shape (n, ...)
+    size : int
+
+    Returns
+    -------
+    torch.Tensor of shape (max(n, size), ...)
+    """
+    if len(batch) >= size:
+        return batch
+    return torch.cat([batch, batch[:1].expand(size - len(batch), *batch.shape[1:])])
+
+
+def tile_shape(n_cells, batch_size, *, exact=False):
     """Cut populations so that no micro-batch holds parts of two rows, nor wastes much.
 
     Parameters
@@ -202,6 +238,8 @@ def tile_shape(n_cells, batch_size):
         Cells of one row.
     batch_size : int
         About how many cells a micro-batch is to hold.
+    exact : bool, default=False
+        Whether it may hold no more than these.
 
     Returns
     -------
@@ -210,6 +248,8 @@ def tile_shape(n_cells, batch_size):
     """
     if n_cells <= batch_size:
         return batch_size // n_cells, n_cells
+    if exact:
+        return 1, batch_size
     # Of the sizes near the one that is asked for, the one that fills the fewest places with blanks.
     nearest = round(n_cells / batch_size)
     numbers = range(math.ceil(n_cells / (3 * batch_size // 2)), round(1.5 * nearest) + 1)
@@ -218,13 +258,15 @@ def tile_shape(n_cells, batch_size):
     return 1, columns[best]
 
 
-def iterate_tiles(cells, batch_size):
+def iterate_tiles(cells, batch_size, *, exact=False):
     """Cut populations into tiles of one shape.
 
     Parameters
     ----------
     cells : torch.Tensor of shape (n, n_cells, n_features)
     batch_size : int
+    exact : bool, default=False
+        As :func:`tile_shape` takes them.
 
     Yields
     ------
@@ -234,7 +276,7 @@ def iterate_tiles(cells, batch_size):
         The cells, zeros where it reaches beyond the last.
     """
     n, n_cells, n_features = cells.shape
-    n_rows, n_columns = tile_shape(n_cells, batch_size)
+    n_rows, n_columns = tile_shape(n_cells, batch_size, exact=exact)
     for top in range(0, n, n_rows):
         for left in range(0, n_cells, n_columns):
             rows = slice(top, min(top + n_rows, n))

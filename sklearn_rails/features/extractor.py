@@ -1,12 +1,15 @@
 """Named layers of a fitted network as features."""
 
 from numbers import Integral
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
 from .._compat import Interval, StrOptions, fit_context
-from .._validation import all_or_nothing, validate_fit_rows, validate_rows
+from .._validation import as_fitted, restore_on_error, validate_fit_rows, validate_rows
 from .device import DTYPES
 from .frozen import SharesNetwork, as_module
 from .mapping import FeatureMap
@@ -15,7 +18,7 @@ from .mapping import FeatureMap
 NETWORK_CONSTRAINTS = {
     "layers": [None, str, "array-like"],
     "input_shape": [None, "array-like"],
-    "device": [str],
+    "device": [str, torch.device],
     "dtype": [StrOptions(set(DTYPES))],
     "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
 }
@@ -98,9 +101,9 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, S
         self.dtype = dtype
         self.batch_size = batch_size
 
-    @all_or_nothing
+    @restore_on_error
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
+    def fit(self, X: ArrayLike | torch.Tensor, y: None = None) -> Self:
         """Check the network and its layers against the shape of X.
 
         Parameters
@@ -120,14 +123,11 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, S
         ValueError
             If a parameter is invalid, a layer is unknown, or X does not fit the network.
         """
-        X, _ = validate_fit_rows(self, X, input_shape=self.input_shape)
-        features = feature_map(self, self.module)
-        self._n_features_out = sum(f.shape[1] for f in features.probe(X).values())
-        self.layers_ = features.layers
-        self._features = features
+        prepare_fit(self, X, network=self.module)
+        self._n_features_out = self._features.n_features_out
         return self
 
-    def transform(self, X):
+    def transform(self, X: ArrayLike | torch.Tensor) -> np.ndarray | torch.Tensor:
         """Give the layers' features.
 
         Parameters
@@ -147,8 +147,9 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, S
         """
         if not hasattr(self, "_features"):
             return type(self)(**self.get_params(deep=False)).fit(X).transform(X)
-        rows = validate_rows(self, X)
-        features = torch.cat(list(self._features(rows).values()), dim=1)
+        fitted = as_fitted(self)
+        rows = validate_rows(fitted, X)
+        features = torch.cat(list(fitted._features(rows).values()), dim=1)
         return features if isinstance(X, torch.Tensor) else features.cpu().numpy()
 
     def __sklearn_tags__(self):
@@ -191,7 +192,47 @@ def feature_map(estimator, network, start_layer=None):
         dtype=estimator.dtype,
         batch_size=open_parameter(estimator, "batch_size"),
         start_layer=start_layer,
+        parameter=parameter,
     )
+
+
+def prepare_fit(estimator, X, y=None, *, network, start_layer=None, with_output=False):
+    """Check the data and the network of a fit, and make the map from one to the other.
+
+    Sets ``_features``, ``layers_`` and what :func:`validate_fit_rows` sets.
+
+    Parameters
+    ----------
+    estimator : estimator
+    X, y
+        As ``fit`` takes them.
+    network, start_layer
+        As :func:`feature_map` takes them.
+    with_output : bool, default=False
+        Whether the network's output will be needed as well as the layers.
+
+    Returns
+    -------
+    X : ndarray or torch.Tensor of shape (n, n_features)
+    y : ndarray of shape (n,), or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the data, a parameter or the network cannot be used.
+    """
+    X, y = validate_fit_rows(
+        estimator,
+        X,
+        y,
+        input_shape=open_parameter(estimator, "input_shape"),
+        keep_integers=network is not None,
+    )
+    features = feature_map(estimator, network, start_layer)
+    features.probe(X, with_output=with_output)
+    estimator._features = features
+    estimator.layers_ = features.layers
+    return features.cast(X), y
 
 
 def open_parameter(estimator, name):

@@ -2,6 +2,8 @@
 
 import io
 import sys
+import types
+import warnings
 import weakref
 
 import cloudpickle
@@ -10,36 +12,90 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import nn
+from torch.nn.utils import parametrize
 
-# module -> (state of its tensors, blob). The same array object is returned until the network
-# changes, which lets joblib write it to disk once for all tasks of a search.
+from .._version import __version__
+from .copying import checksum, plain_module
+
+# module -> (checksum, blob). The same array object is returned until the network changes, so that
+# joblib writes it to disk once for all tasks of a search.
 _BLOBS = weakref.WeakKeyDictionary()
 
 
-def _tensor_state(module):
-    """Say whether a network's tensors may have changed, without reading them."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return (
-        module.training,
-        *((t.data_ptr(), t._version, tuple(t.shape), t.dtype, t.device) for t in tensors),
-    )
+class _NetworkPickler(cloudpickle.Pickler):
+    """Pickle what torch refuses to pickle as it is: parametrized, compiled and scripted modules.
+
+    cloudpickle, so that a class written in a notebook reaches the workers of a search.
+    """
+
+    def reducer_override(self, obj):
+        if isinstance(obj, torch.jit.ScriptModule):
+            buffer = io.BytesIO()
+            torch.jit.save(obj, buffer)
+            return _load_script, (buffer.getvalue(),)
+        if isinstance(obj, nn.Module):
+            if plain_module(obj) is not obj:
+                return _same, (plain_module(obj),)
+            if parametrize.is_parametrized(obj):
+                state = dict(vars(obj), _modules=dict(obj._modules))
+                parametrizations = dict(state["_modules"].pop("parametrizations").items())
+                cls = parametrize.type_before_parametrizations(obj)
+                state = state, parametrizations
+                return object.__new__, (cls,), state, None, None, _restore_parametrized
+        return super().reducer_override(obj)
+
+
+# What torch.save takes as a pickle module.
+_NETWORK_PICKLE = types.SimpleNamespace(__name__=__name__, Pickler=_NetworkPickler)
+
+
+def _same(obj):
+    return obj
+
+
+def _load_script(data):
+    return torch.jit.load(io.BytesIO(data), map_location="cpu")
+
+
+def _restore_parametrized(module, state):
+    attributes, parametrizations = state
+    vars(module).update(attributes)
+    for name, parametrization in parametrizations.items():
+        # torch makes the property that computes the tensor; the place holder goes with the list.
+        module.register_buffer(name, torch.empty(0))
+        parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
+        module.parametrizations[name] = parametrization
+
+
+def _blob_key(module):
+    return checksum(module), tuple(layer.training for layer in module.modules())
 
 
 def _to_blob(module):
-    state, blob = _BLOBS.get(module, (None, None))
-    if state != _tensor_state(module):
+    key, blob = _BLOBS.get(module, (None, None))
+    if key != _blob_key(module):
         buffer = io.BytesIO()
-        # cloudpickle, so that a class written in a notebook reaches the workers of a search.
-        torch.save(module, buffer, pickle_module=cloudpickle)
+        try:
+            torch.save(plain_module(module), buffer, pickle_module=_NETWORK_PICKLE)
+        except Exception as error:
+            raise TypeError(
+                f"The network {type(module).__name__} cannot be pickled: {error}. Remove the "
+                "attribute that cannot be pickled (a lock, an open file, a generator), or define "
+                "__getstate__ without it."
+            ) from error
         blob = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
-        _BLOBS[module] = (_tensor_state(module), blob)
+        _BLOBS[module] = _blob_key(module), blob
     return blob
 
 
 def _from_blob(blob):
     module = torch.load(io.BytesIO(blob.tobytes()), map_location="cpu", weights_only=False)
-    _BLOBS[module] = (_tensor_state(module), blob)
+    _BLOBS[module] = _blob_key(module), blob
     return module
+
+
+def _load_frozen(blob):
+    return FrozenModule(_from_blob(blob))
 
 
 class FrozenModule:
@@ -87,19 +143,18 @@ class FrozenModule:
     True
     """
 
-    def __init__(self, module):
+    def __init__(self, module: object) -> None:
         self.module = as_module(module)
 
     def __sklearn_clone__(self):
         return self
 
-    def __getstate__(self):
-        return {"blob": _to_blob(self.module)}
+    def __reduce_ex__(self, protocol):
+        # Not a state of bytes: tools that load states without running code (skops) would be led
+        # to run what the bytes hold. They see the network itself, or refuse it.
+        return _load_frozen, (_to_blob(self.module),)
 
-    def __setstate__(self, state):
-        self.module = _from_blob(state["blob"])
-
-    def __repr__(self):
+    def __repr__(self) -> str:
         n_parameters = sum(p.numel() for p in self.module.parameters())
         return f"FrozenModule({type(self.module).__name__}, {n_parameters:,} parameters)"
 
@@ -161,7 +216,8 @@ def as_module(network, parameter="module"):
             raise NotFittedError(
                 f"{parameter} is a skorch net ({type(network).__name__}) that is not fitted. "
                 "clone() makes an unfitted net of a fitted one: wrap the fitted net, as in "
-                "FrozenModule(net), before it is cloned, or fit it first."
+                "FrozenModule(net), before it is cloned, or fit it first. If its weights were "
+                "loaded with load_params, pass its network, net.module_."
             )
         return network.module_
     raise TypeError(
@@ -200,9 +256,18 @@ class SharesNetwork(BaseEstimator):
         bare = [k for k, v in self.get_params(deep=False).items() if is_network(v)]
         # A skorch net comes back frozen: its optimizer and callbacks are not needed to predict.
         state["_bare_networks"] = [k for k in bare if isinstance(state[k], nn.Module)]
+        state["_sklearn_rails_version"] = __version__
         return {**state, **{k: freeze(state[k]) for k in bare}}
 
     def __setstate__(self, state):
+        state = dict(state)
+        version = state.pop("_sklearn_rails_version", "of an unknown version")
+        if version != __version__:
+            warnings.warn(
+                f"This {type(self).__name__} was pickled by sklearn_rails {version} and is loaded "
+                f"by {__version__}, which may compute something else or fail: fit it again.",
+                stacklevel=2,
+            )
         bare = state.pop("_bare_networks", ())
         super().__setstate__({**state, **{k: state[k].module for k in bare}})
 

@@ -15,6 +15,7 @@ from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import pad
 
+from .._conformal import sample_rows
 from .affinity import affinity_to, norm, normalize_rows
 
 # On a CPU examples are compared in pieces of this many bytes, which stay in the caches.
@@ -180,7 +181,7 @@ class ClassNeighbors:
             self._error, self._scale = 0.0, 1.0
             self._shift = torch.zeros_like(features[0])
             if self.storage == "float16":
-                sample = features[sample_positions(len(features))]
+                sample = features[sample_rows(len(features), TYPICAL_ROWS, rng=0)]
                 if self._has_distance:
                     self._shift = sample.median(dim=0).values
                 peak = float((sample - self._shift).abs().amax(dim=1).median())
@@ -205,7 +206,9 @@ class ClassNeighbors:
         """
         del self._place
         self._blank = self._blank if self.affinity == "cosine" else torch.zeros_like(self._blank)
-        sample = self._examples[sample_positions(len(self._examples))].to(self._shift)
+        sample = self._examples[sample_rows(len(self._examples), TYPICAL_ROWS, rng=0)].to(
+            self._shift
+        )
         self._center, self._unit = torch.zeros_like(self._shift), 1.0
         if self.storage != "float16" and self._has_distance:
             # Distances do not feel a shift, rounding does. A median does not feel a single row.
@@ -596,6 +599,25 @@ class ClassNeighbors:
         view._pooled, view._lengths = True, lengths
         return view
 
+    def on_disk(self):
+        """Return the same neighbours with the examples in a temporary file, if there is room.
+
+        Returns
+        -------
+        ClassNeighbors
+            This one where the examples are not its own to move (``algorithm`` other than
+            ``"auto"``), or the disk is full.
+        """
+        if self._indexes is not None:
+            return self
+        try:
+            examples = allocate(tempfile.gettempdir(), self._examples.shape, self._examples)
+        except OSError:
+            return self
+        view = copy.copy(self)
+        view._examples = examples.copy_(self._examples)
+        return view
+
     @property
     def index(self):
         """Positions of the examples among those of :meth:`fit`, class after class."""
@@ -647,22 +669,6 @@ class ClassNeighbors:
             # Examples that are mapped from disk stay there; torch warns that they are read-only.
             warnings.simplefilter("ignore", UserWarning)
             self._examples = torch.from_numpy(np.asarray(state["_examples"]))
-
-
-def sample_positions(n):
-    """Draw positions of some rows at random, the same for the same number of rows.
-
-    Parameters
-    ----------
-    n : int
-
-    Returns
-    -------
-    ndarray of shape (min(n, TYPICAL_ROWS),), int64
-        In ascending order.
-    """
-    size = min(n, TYPICAL_ROWS)
-    return np.sort(np.random.default_rng(0).choice(n, size, replace=False))
 
 
 def product_is_exact(tensor):

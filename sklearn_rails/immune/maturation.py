@@ -235,10 +235,12 @@ def select_parents(affinity, labels, uniforms, tau, *, n_classes, selection):
     n_rows, n_cells = affinity.shape
     affinity, tau = replace_non_finite(affinity), _representable(tau, affinity)
     # Weights relative to the best of the class: no class's sum is lost to underflow. Cells without
-    # an affinity weigh nothing.
+    # an affinity weigh nothing, unless none of the sample has one.
     lowest = torch.finfo(affinity.dtype).min
     best = affinity.new_full((n_rows, n_classes), lowest)
     best.scatter_reduce_(1, labels, affinity, "amax")
+    highest = best.amax(dim=1, keepdim=True)
+    affinity = torch.where(highest == lowest, highest, affinity)
     weights = torch.exp((affinity - best.gather(1, labels)) / tau)
     # Sums in double precision: those of single precision stop growing at 2**24.
     sums = weights.cumsum(dim=1, dtype=torch.float64)
@@ -249,7 +251,6 @@ def select_parents(affinity, labels, uniforms, tau, *, n_classes, selection):
     below, above = cumulative.gather(1, stop - count), cumulative.gather(1, stop)
 
     if selection == "global":
-        highest = best.amax(dim=1, keepdim=True)
         mass = (above - below) * torch.exp((best - highest) / tau)
         edges = mass.cumsum(dim=1)
         target = uniforms["first"].sort().values * edges[:, -1:]
@@ -373,7 +374,6 @@ def mature(
     n_classes,
     keep_cells,
     on_decided,
-    layer=None,
 ):
     """Breed populations toward their antigens (Algorithm 1 of Wang et al. 2021).
 
@@ -398,18 +398,11 @@ def mature(
         Whether the final cells are wanted.
     on_decided : callable
         Called with the number of rows that leave after a generation.
-    layer : str, default=None
-        Name of the layer, for error messages.
 
     Returns
     -------
     Population
         A cell without an affinity, which is NaN or minus infinity, is replaced by the best one.
-
-    Raises
-    ------
-    ValueError
-        If no cell of a population has an affinity.
     """
     n_rows, n_cells, _ = cells.shape
     step = n_rows
@@ -452,46 +445,33 @@ def mature(
                 )
             measured.append(measure(mutate_(bred, uniforms["steps"], domain), rows[part]))
         affinity = replace_non_finite(torch.cat(measured))
-        mean = affinity.mean(dim=1)
         count = torch.zeros_like(labels[:, :1]).expand(-1, n_classes).clone()
         count.scatter_add_(1, labels, torch.ones_like(labels))
         class_curve[:, generation].index_copy_(0, rows, count.to(affinity) / n_cells)
-
-        done = torch.zeros_like(rows, dtype=torch.bool)
-        if schedule.early_stopping and generation < schedule.generations:
-            previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
-            done = (leader >= 0) & (leader == previous)
-        # The only place where the host waits for the device, once between two generations.
-        done, regular = torch.stack([done, mean.isfinite()]).cpu()
-        regular = bool(regular.all())
-        if not regular:
-            mean_of_others, n_missing = mean_affinity(affinity)
-            mean = torch.where(mean.isfinite(), mean, mean_of_others)
-            if (n_missing == n_cells).any():
-                raise ValueError(
-                    f"layers={layer!r}: all cells of a population have features or an affinity "
-                    "that is NaN or infinite. The network or the affinity does not take mutated "
-                    "inputs: set clip to the range that it takes, or use a smaller delta_max."
-                )
-        affinity_curve[:, generation].index_copy_(0, rows, mean)
+        affinity_curve[:, generation].index_copy_(0, rows, mean_affinity(affinity))
 
         leaving, staying = torch.arange(len(rows), device=rows.device), None
         if generation < schedule.generations:
+            if not schedule.early_stopping:
+                continue
+            previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
+            done = (leader >= 0) & (leader == previous)
+            # The only place where the host waits for the device, once between two generations.
+            done = done.cpu()
             if not done.any():
                 continue
             leaving, staying = (d.nonzero()[:, 0].to(rows.device) for d in (done, ~done))
         on_decided(len(leaving))
         left = rows.index_select(0, leaving)
         n_generations.index_fill_(0, left, generation)
-        final = affinity.index_select(0, leaving), labels.index_select(0, leaving)
-        source = None if regular else find_stand_ins(final[0])
-        for whole, part in zip((final_affinity, final_labels), final, strict=True):
-            whole.index_copy_(0, left, part if regular else part.gather(1, source))
+        final = affinity.index_select(0, leaving)
+        source = find_stand_ins(final)
+        final_affinity.index_copy_(0, left, final.gather(1, source))
+        final_labels.index_copy_(0, left, labels.index_select(0, leaving).gather(1, source))
         if keep_cells:
-            part = children.index_select(0, leaving)
-            if not regular:
-                part = part.gather(1, source[..., None].expand_as(part))
-            final_cells.index_copy_(0, left, part)
+            places = (leaving[:, None] * n_cells + source).flatten()
+            part = children.flatten(0, 1).index_select(0, places)
+            final_cells.index_copy_(0, left, part.view(len(leaving), n_cells, -1))
         if staying is None or len(staying) == 0:
             break
         rows, leader = rows.index_select(0, staying), leader.index_select(0, staying)
@@ -501,6 +481,27 @@ def mature(
     return Population(
         final_cells, final_labels, final_affinity, affinity_curve, class_curve, n_generations
     )
+
+
+def check_alive(population, layer):
+    """Raise an error if no cell of a population has an affinity.
+
+    Parameters
+    ----------
+    population : Population
+    layer : str
+
+    Raises
+    ------
+    ValueError
+        If all cells of a sample have features or an affinity that is NaN or infinite.
+    """
+    if not torch.isfinite(population.affinity).all():
+        raise ValueError(
+            f"layers={layer!r}: all cells of a population have features or an affinity that is NaN "
+            "or infinite. The network or the affinity does not take mutated inputs: set clip to "
+            "the range that it takes, or use a smaller delta_max."
+        )
 
 
 def mean_affinity(affinity):
@@ -513,9 +514,8 @@ def mean_affinity(affinity):
 
     Returns
     -------
-    mean : torch.Tensor of shape (n,)
-    n_missing : torch.Tensor of shape (n,), int64
-        Cells without.
+    torch.Tensor of shape (n,)
+        NaN where no cell has one.
     """
     missing = affinity == -torch.inf
     n_missing = missing.sum(dim=1)
@@ -523,7 +523,7 @@ def mean_affinity(affinity):
     count = affinity.shape[1] - n_missing
     shares = affinity.masked_fill(missing, 0).double() / count[:, None]
     largest = torch.finfo(affinity.dtype).max
-    return shares.sum(dim=1).clamp(-largest, largest).to(affinity), n_missing
+    return shares.sum(dim=1).clamp(-largest, largest).to(affinity)
 
 
 def find_stand_ins(affinity):

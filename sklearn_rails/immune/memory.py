@@ -35,19 +35,19 @@ class MemoryBank:
     array([2., 3.], dtype=float32)
     """
 
-    def __init__(self, capacity, n_classes, cell_shape):
+    def __init__(self, capacity: int, n_classes: int, cell_shape: tuple[int, ...]) -> None:
         self.capacity = capacity
         self.n_classes = n_classes
         self.cells = np.zeros((0, *cell_shape), dtype=np.float32)
         self.labels = np.zeros(0, dtype=np.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"MemoryBank({len(self)} cells, capacity {self.capacity})"
 
-    def with_cells(self, cells, labels):
+    def with_cells(self, cells: np.ndarray, labels: np.ndarray) -> "MemoryBank":
         """Give a bank with more cells; this one stays as it is.
 
         Parameters
@@ -75,7 +75,7 @@ class MemoryBank:
         bank.cells, bank.labels = cells[kept], labels[kept]
         return bank
 
-    def with_classes(self, n_classes, places):
+    def with_classes(self, n_classes: int, places: np.ndarray) -> "MemoryBank":
         """Give the bank of an estimator that has learned of more classes.
 
         Parameters

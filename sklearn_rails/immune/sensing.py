@@ -11,6 +11,7 @@ import torch
 from scipy.ndimage import median_filter
 from torch.nn.functional import one_hot, pad
 
+from .._conformal import sample_rows
 from .affinity import norm
 from .conformity import disagreement, nearest
 from .flocking import ClassNeighbors, flock_without_own
@@ -78,7 +79,7 @@ class CleanRows:
         some = {}
         for c in np.unique(self.labels):
             rows = np.flatnonzero(self.labels == c)
-            some[c] = rows[sample_rows(len(rows), BANDWIDTH_ROWS)]
+            some[c] = rows[sample_rows(len(rows), BANDWIDTH_ROWS, rng=0)]
         centers = {}
         for layer, f in self.features.items():
             centers[layer] = f.new_zeros(self.n_classes, f.shape[1])
@@ -88,22 +89,7 @@ class CleanRows:
 
     def spread(self, n_rows):
         """Draw positions of some rows at random, the same each time."""
-        return sample_rows(len(self.X), n_rows)
-
-
-def sample_rows(n, size):
-    """Draw positions of some rows at random, the same for the same numbers.
-
-    Parameters
-    ----------
-    n, size : int
-
-    Returns
-    -------
-    ndarray of shape (min(n, size),), int64
-        In ascending order.
-    """
-    return np.sort(np.random.default_rng(0).choice(n, min(n, size), replace=False))
+        return sample_rows(len(self.X), n_rows, rng=0)
 
 
 class NewRows:
@@ -147,7 +133,7 @@ class NewRows:
     @functools.cached_property
     def outputs(self):
         """The network's own outputs."""
-        return self.network.outputs(self.X)
+        return self.network.outputs(self.X, check_finite=False)
 
     @functools.cached_property
     def labels(self):
@@ -557,7 +543,12 @@ class FeatureSqueezing(Sensor):
         """Score new rows: an ndarray of shape (n, 1), float64."""
         before = soft_labels(rows.outputs.cpu().double())
         moved = [
-            (soft_labels(rows.network.outputs(squeezed).cpu().double()) - before).abs().sum(dim=1)
+            (
+                soft_labels(rows.network.outputs(squeezed, check_finite=False).cpu().double())
+                - before
+            )
+            .abs()
+            .sum(dim=1)
             for squeezed in self.squeeze(rows.X)
         ]
         return torch.stack(moved, dim=1).amax(dim=1, keepdim=True).numpy()

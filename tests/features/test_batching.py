@@ -103,7 +103,7 @@ def test_batches_are_halved_until_they_fit(digits):
 
 def test_what_does_not_fit_at_all_is_explained(digits):
     X, _ = digits
-    with pytest.raises(MemoryError, match=r"single row.*device='cpu'"):
+    with pytest.raises(MemoryError, match=r"single sample.*device='cpu'"):
         TorchFeatureExtractor(Hungry(0), batch_size=64).fit_transform(X[:70])
 
 

@@ -240,8 +240,8 @@ class Twice(nn.Module):
         ({"layers": []}, "at least one layer"),
         ({"layers": ["fc", "fc"]}, "only once"),
         ({"input_shape": (1, 8, 9)}, r"input_shape=\(1, 8, 9\) holds 72 values.*64"),
-        ({"input_shape": (4, 4, 4)}, "does not take rows of shape"),
-        ({"input_shape": None}, "does not take rows of shape"),
+        ({"input_shape": (4, 4, 4)}, "does not take samples of shape"),
+        ({"input_shape": None}, "does not take samples of shape"),
         ({"device": "cuda:99"}, "device='cuda:99' cannot be used"),
         ({"device": "tpu"}, "device='tpu' cannot be used"),
         ({"dtype": "float16"}, "'dtype' parameter"),
@@ -271,7 +271,7 @@ def test_cuda_that_is_not_there_raises(conv_net, images):
 def test_other_image_sizes_nan_and_infinity_are_refused(conv_net, images):
     shaped = images.reshape(-1, *IMAGE)
     extractor = TorchFeatureExtractor(conv_net).fit(shaped)
-    with pytest.raises(ValueError, match=r"rows of shape \(1, 4, 16\).*fitted on .*\(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"samples of shape \(1, 4, 16\).*fitted on .*\(1, 8, 8\)"):
         extractor.transform(images.reshape(-1, 1, 4, 16))
     with pytest.raises(ValueError, match=r"input_shape=\(1, 8, 8\) was given"):
         TorchFeatureExtractor(conv_net, input_shape=IMAGE).fit(images.reshape(-1, 1, 4, 16))

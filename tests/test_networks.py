@@ -1,0 +1,227 @@
+"""Every estimator on every network of the zoo, beside a plain forward pass."""
+
+import pickle
+import random
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from networks import REFUSED, TOKENS, ZOO, unpicklable
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.base import clone
+
+from sklearn_rails import (
+    DkNNClassifier,
+    FrozenModule,
+    RAILSClassifier,
+    ThreatScorer,
+    TorchFeatureExtractor,
+)
+from sklearn_rails.attacks import AdaptiveKNNAttack
+from sklearn_rails.features.copying import plain_module
+from sklearn_rails.features.truncation import _find_tensor
+
+N_SAMPLES = 36
+
+in_zoo = pytest.mark.parametrize("name", ZOO)
+
+
+def make(specimen):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = specimen.make().train()
+    rng = np.random.default_rng(0)
+    if specimen.shape == TOKENS:
+        X = rng.integers(0, 50, size=(N_SAMPLES, *specimen.shape))
+    else:
+        X = rng.random((N_SAMPLES, *specimen.shape), dtype=np.float32)
+    return network, X, np.arange(N_SAMPLES) % 3
+
+
+def settings(specimen, **others):
+    return {"layers": specimen.layers, "batch_size": specimen.batch_size} | others
+
+
+def estimators(network, specimen):
+    has_floats = specimen.shape != TOKENS
+    shared = settings(specimen, random_state=0)
+    methods = ["distance", "credibility"] + ["mahalanobis"] * has_floats
+    return [
+        RAILSClassifier(
+            network,
+            start_layer=specimen.start_layer,
+            population_size=20,
+            generations=2,
+            n_neighbors=3,
+            early_stopping=False,
+            **shared,
+        ),
+        DkNNClassifier(network, n_neighbors=3, **shared),
+        ThreatScorer(network, method=methods, n_neighbors=3, alpha=0.2, **shared),
+    ]
+
+
+def plain_forward(specimen, X):
+    """Compute the layers by a forward pass with hooks that clone, in batches of equal size."""
+    network = plain_module(make(specimen)[0]).eval()
+    kept = {}
+
+    def keep(name, output):
+        kept.setdefault(name, []).append(_find_tensor(output).clone())
+
+    for name, layer in network.named_modules():
+        if name in specimen.layers:
+            layer.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
+    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+    size = len(X) if specimen.batch_size == "auto" else max(4, specimen.batch_size)
+    with torch.no_grad(), torch.random.fork_rng():
+        for start in range(0, len(X), size):
+            x = torch.from_numpy(X[start : start + size].copy())
+            n = len(x)
+            x = torch.cat([x, x[:1].expand(size - n, *x.shape[1:])])
+            if x.is_floating_point():
+                x = x.to(dtype)
+            kept.setdefault("input", []).append(x.clone())
+            keep("output", network(x))
+    columns = []
+    for name in specimen.layers:
+        values = torch.cat([v.dequantize() if v.is_quantized else v for v in kept[name]])
+        columns.append(values[: len(X)].float().reshape(len(X), -1))
+    return torch.cat(columns, dim=1).numpy()
+
+
+def snapshot(network):
+    """Record what must not change in a network."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return {
+        "values": [t.detach().clone() for t in tensors],
+        "identities": [id(t) for t in tensors],
+        "gradients": [t.grad for t in tensors],
+        "requires_grad": [t.requires_grad for t in tensors],
+        "training": [m.training for m in network.modules()],
+        "hooks": [
+            (list(m._forward_hooks), list(m._forward_pre_hooks))
+            for m in network.modules()
+            if not isinstance(m, torch.jit.ScriptModule)
+        ],
+        "kept": repr(getattr(network, "kept", None)),
+    }
+
+
+def assert_unchanged(network, before):
+    after = snapshot(network)
+    for old, new in zip(before.pop("values"), after.pop("values"), strict=True):
+        if not old.is_quantized:
+            assert_array_equal(old.float(), new.float())
+    assert before == after
+
+
+@in_zoo
+def test_features_are_those_of_a_plain_forward_pass(name):
+    specimen = ZOO[name]
+    network, X, _ = make(specimen)
+    expected = plain_forward(specimen, X)
+    extractor = TorchFeatureExtractor(network, **settings(specimen)).fit(X)
+    found = extractor.transform(X)
+    assert found.dtype == np.float32
+    tolerance = specimen.tolerance * np.abs(expected).max()
+    assert_allclose(found, expected, rtol=0, atol=tolerance)
+    # A sample alone has the features that it has in company.
+    alone = np.concatenate([extractor.transform(X[i : i + 1]) for i in range(0, len(X), 5)])
+    assert_allclose(alone, found[::5], rtol=0, atol=1e-6 * np.abs(expected).max())
+    if len(specimen.layers) > 1:
+        for layer in specimen.layers:
+            single = clone(extractor).set_params(layers=layer).fit_transform(X)
+            columns = [i for i in range(found.shape[1]) if (found[:, i] == single[:, 0]).all()]
+            start = columns[0]
+            assert_array_equal(found[:, start : start + single.shape[1]], single)
+
+
+@in_zoo
+def test_nothing_of_the_user_is_changed(name):
+    specimen = ZOO[name]
+    network, X, y = make(specimen)
+    before, original = snapshot(network), X.copy()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    drawn = torch.rand(2), np.random.rand(2), random.random()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    TorchFeatureExtractor(network, **settings(specimen)).fit_transform(X)
+    for estimator in estimators(network, specimen):
+        estimator.fit(X, y).predict(X)
+    assert torch.equal(drawn[0], torch.rand(2))
+    assert_array_equal(drawn[1], np.random.rand(2))
+    assert drawn[2] == random.random()
+    assert_array_equal(X, original)
+    assert_unchanged(network, before)
+
+
+@in_zoo
+def test_estimators_answer_alike_alone_and_after_pickling(name):
+    specimen = ZOO[name]
+    network, X, y = make(specimen)
+    for estimator in estimators(network, specimen):
+        ask = "score_samples" if isinstance(estimator, ThreatScorer) else "predict_proba"
+        estimator.fit(X, y)
+        expected = getattr(estimator, ask)(X)
+        assert np.isfinite(expected).all()
+        alone = np.concatenate([getattr(estimator, ask)(X[i : i + 1]) for i in range(6)])
+        assert_allclose(alone, expected[:6], rtol=1e-5, atol=1e-5)
+        loaded = pickle.loads(pickle.dumps(estimator))
+        assert_allclose(getattr(loaded, ask)(X), expected, rtol=1e-6, atol=1e-6)
+        assert clone(estimator).feature_extractor is network
+
+
+@in_zoo
+def test_networks_hash_by_content(name):
+    frozen = FrozenModule(make(ZOO[name])[0])
+    key = joblib.hash(frozen)
+    assert joblib.hash(frozen) == key
+    loaded = pickle.loads(pickle.dumps(frozen))
+    assert joblib.hash(loaded) == key
+    weights = [p for p in frozen.module.parameters() if p.is_floating_point()]
+    if weights:
+        weights[-1].data.add_(1)
+        assert joblib.hash(frozen) != key
+
+
+HAVE_GRADIENTS = [name for name in ZOO if ZOO[name].shape != TOKENS and name != "quantised"]
+
+
+@pytest.mark.parametrize("name", HAVE_GRADIENTS)
+def test_the_adaptive_attack_runs_through_every_network(name):
+    specimen = ZOO[name]
+    network, X, y = make(specimen)
+    before = snapshot(network)
+    dknn = DkNNClassifier(network, n_neighbors=3, **settings(specimen, random_state=0)).fit(X, y)
+    attack = AdaptiveKNNAttack(dknn, X, y, eps=0.2, max_iter=4, n_restarts=1, random_state=0)
+    with torch.no_grad():
+        attacked = attack.generate(X[:5], y[:5])
+    assert np.isfinite(attacked).all()
+    assert np.abs(attacked - X[:5]).max() <= 0.2 + 1e-6
+    assert_unchanged(network, before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_supported_is_refused_in_fit(name):
+    specimen = REFUSED[name]
+    network, X, y = make(specimen)
+    for estimator in estimators(network, specimen):
+        if name == "cells made of token ids" and not isinstance(estimator, RAILSClassifier):
+            continue
+        with pytest.raises(ValueError, match=specimen.message):
+            estimator.fit(X, y)
+        assert not hasattr(estimator, "layers_")
+
+
+def test_what_cannot_be_copied_is_shared_and_named_when_pickled():
+    X, y = make(ZOO["identity"])[1:]
+    for network in unpicklable():
+        dknn = DkNNClassifier(network, n_neighbors=3, random_state=0).fit(X, y)
+        dknn.predict(X)
+        with pytest.raises(TypeError, match="network Forward cannot be pickled"):
+            pickle.dumps(dknn)
