@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs bench reproduce clean
+.PHONY: demo test test-slow lint docs bench reproduce clean
 
 # The stamp is the last thing an install writes: an interrupted one is done again.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
@@ -16,7 +16,12 @@ demo: $(STAMP)
 
 # One torch thread for each of the two workers: together they would crowd two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow" --cov \
+		--cov-report=term-missing
+
+# Statistical tests of the theory, and others that take minutes.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

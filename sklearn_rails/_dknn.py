@@ -338,8 +338,9 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
         votes, closeness : ndarray of shape (n, n_classes), float64
             Closeness is in [0, 1): 0 where a class is not among the neighbours.
         """
-        votes = [
-            neighbor_votes(
+
+        def vote(block):
+            return neighbor_votes(
                 self._features(X[block]),
                 self._neighbors,
                 self._labels,
@@ -347,9 +348,8 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
                 n_classes=len(self.classes_),
                 own=None if own is None else own[block],
             )
-            for block in self._features.row_blocks(len(X))
-        ]
-        return tuple(np.concatenate(parts) for parts in zip(*votes, strict=True))
+
+        return self._features.map_blocks(vote, len(X))
 
     def _nonconformities(self, X, own=None):
         votes, _ = self._vote(X, own)

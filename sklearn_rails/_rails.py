@@ -490,15 +490,18 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         """
         fitted = self._as_fitted()
         X = validate_rows(fitted, X)
-        distances, indices = ({layer: [] for layer in fitted.layers_} for _ in range(2))
-        for rows in fitted._features.row_blocks(len(X)):
-            for layer, features in fitted._features(X[rows]).items():
+
+        def flock(block):
+            found = []
+            for layer, features in fitted._features(X[block]).items():
                 affinity, index = fitted._flock(features, layer)
-                distances[layer].append(-affinity.cpu().numpy())
-                indices[layer].append(index.cpu().numpy())
-        return tuple(
-            {layer: np.concatenate(parts) for layer, parts in found.items()}
-            for found in (distances, indices)
+                found += [-affinity.cpu().numpy(), index.cpu().numpy()]
+            return found
+
+        found = fitted._features.map_blocks(flock, len(X))
+        layers = fitted.layers_
+        return dict(zip(layers, found[::2], strict=True)), dict(
+            zip(layers, found[1::2], strict=True)
         )
 
     def respond(self, X: ArrayLike | torch.Tensor, y: None = None) -> ImmuneResponse:

@@ -22,10 +22,10 @@ class SettlesRows:
         """Give scores without any breeding, for which rows it is needed, and why."""
         if self.triage:
             alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
-            scores = [
-                self._count_flock(rows[part]) for part in self._features.row_blocks(len(rows))
-            ]
-            return np.concatenate(scores), alarms, None
+            (scores,) = self._features.map_blocks(
+                lambda block: [self._count_flock(rows[block])], len(rows)
+            )
+            return scores, alarms, None
         scores, p_values = self._arbitrate(rows)
         return scores, p_values <= self.arbitration, p_values
 
@@ -46,20 +46,21 @@ class SettlesRows:
     def _arbitrate(self, X):
         """Give the scores with which the network's labels stand, and the labels' p-values."""
         n_plasma = n_elite(self.plasma_fraction, self.population_size)
-        scores, p_values = [], []
-        for rows in self._features.row_blocks(len(X)):
-            labels = self._network_labels(X[rows])
+
+        def arbitrate(block):
+            labels = self._network_labels(X[block])
             votes = len(self.layers_) * count_votes(
                 labels[:, None].expand(-1, n_plasma), len(self.classes_)
             )
             against, ties = 0, 0
-            for layer, features in self._features(X[rows]).items():
+            for layer, features in self._features(X[block]).items():
                 flocked, _ = self._flock(features, layer)
                 against = against + disagreement(flocked, labels) / self.tau_[layer]
                 ties = ties + tie_break(flocked[..., 0], self.tau_[layer])
-            scores.append(self._join_votes(votes, ties))
-            p_values.append(conformal_p_values(against.cpu().numpy(), self._calibration))
-        return np.concatenate(scores), np.concatenate(p_values)
+            p_values = conformal_p_values(against.cpu().numpy(), self._calibration)
+            return self._join_votes(votes, ties), p_values
+
+        return self._features.map_blocks(arbitrate, len(X))
 
     def _check_triage(self):
         if self.arbitration is not None:
@@ -82,11 +83,10 @@ class SettlesRows:
             f"rows to judge by, but there are {len(own)}: all labels of the network will stand. "
             "Take a larger value, or more training rows (1,000 are used at most).",
         )
-        parts = [
-            self._disagreement_without_own(X, own[block])
-            for block in self._features.row_blocks(len(own))
-        ]
-        return np.sort(np.concatenate(parts))
+        (against,) = self._features.map_blocks(
+            lambda block: [self._disagreement_without_own(X, own[block])], len(own)
+        )
+        return np.sort(against)
 
     def _disagreement_without_own(self, X, own):
         """Score the network's labels of training rows, each left out of its own neighbours."""

@@ -239,12 +239,13 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         self._sensors = [SENSORS[method](clean) for method in self.methods_]
         rng = check_random_state(self.random_state)
         own = sample_rows(len(X), MAX_CALIBRATION_ROWS, rng)
-        parts = []
-        for block in self._features.row_blocks(len(own)):
+
+        def sense(block):
             rows = own[block]
             here = {layer: f[rows] for layer, f in features.items()}
-            parts.append(self._sense(X[rows], here, self._outputs(X[rows]), rows))
-        self._calibrate(_concatenate(parts), rng)
+            return self._sense(X[rows], here, self._outputs(X[rows]), rows)
+
+        self._calibrate(self._features.map_blocks(sense, len(own)), rng)
         return self
 
     def fit_predict(
@@ -425,8 +426,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         return scores
 
     def _weigh(self, X):
-        parts = [self._sense_new(X[block]) for block in self._features.row_blocks(len(X))]
-        return self._evidence(_concatenate(parts))
+        return self._evidence(
+            self._features.map_blocks(lambda block: self._sense_new(X[block]), len(X))
+        )
 
     def _evidence(self, scores):
         columns = [
@@ -461,8 +463,3 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         )
         # What cannot be compared is always flagged, and all else never if alpha is too small.
         self.offset_ = -min(conformal_threshold(threat, self.alpha), MAX_EVIDENCE / 2)
-
-
-def _concatenate(parts):
-    """Join the raw scores of blocks, method by method."""
-    return [np.concatenate(of_method) for of_method in zip(*parts, strict=True)]

@@ -14,6 +14,7 @@ from torch import nn
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
 from sklearn_rails._settling import spread_rows
 from sklearn_rails.demo import pgd
+from sklearn_rails.features import mapping
 from sklearn_rails.features.mapping import FeatureMap
 from sklearn_rails.immune.conformity import disagreement
 
@@ -218,7 +219,7 @@ def test_features_of_many_rows_are_never_held_at_once(task, monkeypatch):
 
     monkeypatch.setattr(FeatureMap, "__call__", counting)
     row_bytes = rails._features._row_bytes
-    with config_context(working_memory=4 * 25 * row_bytes / 2**20):
+    with config_context(working_memory=mapping.BLOCKS_HELD * 25 * row_bytes / 2**20):
         assert_array_equal(rails._judge_training_rows(X.reshape(600, -1)), rails._calibration)
         assert_array_equal(rails._arbitrate(new[:60].reshape(60, -1))[1], expected)
     assert max(n_rows) == 25

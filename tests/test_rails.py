@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import joblib
 import numpy as np
@@ -193,6 +194,25 @@ def test_saved_classifiers_predict_as_before(fitted, split, save, tmp_path):
         loaded = joblib.load(tmp_path / "rails.joblib", mmap_mode=mode)
     assert_array_equal(loaded.decision_function(split[2]), expected)
     assert_array_equal(pickle.loads(pickle.dumps(loaded)).decision_function(split[2]), expected)
+
+
+@pytest.mark.parametrize("backend", [None, "threading", "loky"])
+def test_a_backend_whose_workers_share_no_memory_is_not_used_and_warns_once(fitted, split, backend):
+    rails, new = copy.copy(fitted).set_params(n_jobs=2), split[2]
+    expected = fitted.predict(new)
+    rails._features._warned.discard("backend")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if backend is None:
+            found = rails.predict(new)
+        else:
+            with joblib.parallel_config(backend=backend, n_jobs=2):
+                found = rails.predict(new)
+                rails.predict(new)
+    assert_array_equal(found, expected)
+    texts = [str(one.message) for one in told if "backend" in str(one.message)]
+    assert len(texts) == (backend == "loky")
+    assert all("LokyBackend is not used" in text for text in texts)
 
 
 def test_clone_shares_the_network_and_starts_unfitted(fitted, conv_net, split):

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_consistent_length, check_random_state
-from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
-from .._validation import validate_rows
+from .._validation import as_fitted, validate_rows
 from ..features.device import RandomStateGuard
 from ..immune.flocking import ClassNeighbors
 from ..immune.maturation import find_domain
@@ -177,7 +176,8 @@ class AdaptiveKNNAttack:
                 "estimator must be a fitted DkNNClassifier or RAILSClassifier, got "
                 f"{type(estimator).__name__}."
             )
-        check_is_fitted(estimator)
+        # What is set after fit does not defend yet.
+        estimator = as_fitted(estimator)
         validate_parameter_constraints(
             self._parameter_constraints,
             {

@@ -37,8 +37,9 @@ from .device import (
 from .frozen import freeze
 from .truncation import COMPANY_TOLERANCE, LayerError, TruncatedNetwork
 
-# Arrays of a block's features that are held at a time: the batches, the features, a copy.
-BLOCKS_HELD = 4
+# Arrays of a block's features that are held at a time, the copies that a neighbour search makes
+# and the gaps between freed ones included.
+BLOCKS_HELD = 8
 
 # Samples of a block at most: more of them gain nothing.
 MAX_BLOCK = 1024
@@ -433,6 +434,32 @@ class FeatureMap:
         """
         size = max(1, memory_budget(self.device) // (BLOCKS_HELD * self._row_bytes))
         return list(gen_batches(n_samples, min(size, MAX_BLOCK)))
+
+    def map_blocks(self, compute, n_samples):
+        """Compute arrays block by block, within scikit-learn's ``working_memory``.
+
+        The arrays are allocated once: small ones that stay between large ones that go would
+        fragment the heap, so that memory grows with the number of blocks.
+
+        Parameters
+        ----------
+        compute : callable
+            Takes a slice of the samples and returns a sequence of arrays, one row a sample.
+        n_samples : int
+
+        Returns
+        -------
+        list of ndarray
+            The arrays for all samples.
+        """
+        whole = None
+        for block in self.row_blocks(n_samples):
+            parts = compute(block)
+            if whole is None:
+                whole = [np.empty((n_samples, *part.shape[1:]), part.dtype) for part in parts]
+            for array, part in zip(whole, parts, strict=True):
+                array[block] = part
+        return whole
 
     @property
     def output(self):

@@ -5,6 +5,7 @@ features are not finite is infinite, never NaN: such a row is the most suspect o
 """
 
 import functools
+import warnings
 
 import numpy as np
 import torch
@@ -153,10 +154,13 @@ class NewRows:
 
 
 class LoadsAnywhere:
-    """Holds tensors, and is pickled with these on the host."""
+    """Holds tensors, and is pickled with plain arrays in their place."""
 
     def __getstate__(self):
-        return {name: _on_host(value) for name, value in vars(self).items()}
+        return {name: _to_arrays(value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state):
+        vars(self).update({name: _to_tensors(value) for name, value in state.items()})
 
 
 class Sensor(LoadsAnywhere):
@@ -178,10 +182,21 @@ class Sensor(LoadsAnywhere):
         return np.where(rows.usable[:, None] & ~np.isnan(scores), scores, np.inf)
 
 
-def _on_host(value):
-    if isinstance(value, dict):
-        return {key: _on_host(v) for key, v in value.items()}
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def _to_arrays(value):
+    if isinstance(value, torch.Tensor):
+        return {"tensor": value.cpu().numpy()}
+    return {k: _to_arrays(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _to_tensors(value):
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"tensor"}:
+        with warnings.catch_warnings():
+            # Arrays that are mapped from disk stay there; torch warns that they are read-only.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(np.asarray(value["tensor"]))
+    return {k: _to_tensors(v) for k, v in value.items()}
 
 
 def _in_double(values):

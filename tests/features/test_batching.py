@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import config_context
 
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
 from sklearn_rails.features.batching import (
@@ -68,6 +69,40 @@ def test_layouts_for_which_there_is_no_memory_or_no_time_are_left_out():
         raise torch.OutOfMemoryError("out of memory")
 
     assert fastest_layout(fail, (3,), **settings) == Layout(1)
+
+
+def test_a_slow_network_is_not_measured(digits):
+    def run(rows, layout):
+        raise AssertionError("no time for a trial")
+
+    settings = {"device": torch.device("cpu"), "dtype": torch.float32}
+    slow = {"max_seconds": 1.0, "seconds_per_row": 0.05}
+    assert fastest_layout(run, (1, 8, 8), **settings, **slow) == Layout(32)
+
+    class Slow(torch.nn.Module):
+        n_rows = 0
+
+        def forward(self, x):
+            Slow.n_rows += len(x)
+            time.sleep(0.01 * len(x))
+            return x.flatten(1)
+
+    X, y = digits
+    RAILSClassifier(Slow(), input_shape=(1, 8, 8), n_neighbors=3).fit(X[:20], y[:20])
+    assert Slow.n_rows <= 5 * 20
+
+
+def test_blocks_of_features_fit_into_working_memory(digits):
+    X, y = digits
+    rails = RAILSClassifier(torch.nn.Linear(64, 1000), random_state=0).fit(X[:200], y[:200])
+    expected = rails.kneighbors(X[200:300])
+    with config_context(working_memory=0.1):
+        blocks = rails._features.row_blocks(100)
+        found = rails.kneighbors(X[200:300])
+    assert max(block.stop - block.start for block in blocks) * 4000 <= 0.1 * 2**20
+    assert [range(100)[block] for block in blocks][-1].stop == 100
+    for a, b in zip(found, expected, strict=True):
+        assert (a["output"] == b["output"]).all()
 
 
 def test_images_of_one_channel_are_stored_with_channels_last():
