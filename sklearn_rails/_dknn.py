@@ -45,8 +45,8 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
           for the neighbours, but p-values are only approximately valid.
     p_value : {"conformal", "empirical"}, default="conformal"
         ``"empirical"`` is the paper's share of calibration samples that conform no better. It may
-        be 0, and is not valid: it is too small by up to 1 in ``n_calibration_``. ``"conformal"`` counts
-        the input itself too, ``(count + 1) / (n_calibration_ + 1)``, and is valid.
+        be 0, and is not valid: it is too small by up to 1 in ``n_calibration_``. ``"conformal"``
+        counts the input itself too, ``(count + 1) / (n_calibration_ + 1)``, and is valid.
     algorithm : {"auto", "brute", "kd_tree", "ball_tree"} or estimator, default="auto"
         How neighbours are found: an exact matrix product on the device, scikit-learn's
         :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with ``kneighbors``, which is

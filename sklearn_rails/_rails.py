@@ -682,10 +682,12 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         if layer not in self._remembered:
             return self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
         # Remembered cells count towards k where a class has fewer samples.
-        k = min(self.n_neighbors, k + int(self._remembered[layer].n_samples_.max()))
-        flock = self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
-        affinity, index = self._remembered[layer].kneighbors(features, k)
-        return join_flocks(flock, (affinity, torch.where(index < 0, index, index + len(self._y))))
+        neighbors, remembered = self.neighbors_[layer], self._remembered[layer]
+        k = min(self.n_neighbors, int((neighbors.n_samples_ + remembered.n_samples_).max()))
+        flock = neighbors.kneighbors(features, k, self._recall(layer))
+        affinity, index = remembered.kneighbors(features, k)
+        index = torch.where(index < 0, index, index + len(self._y))
+        return join_flocks(flock, (affinity, index), k)
 
     def _recall(self, layer):
         """Give what computes training features anew, if they are not kept in full precision."""

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -213,3 +214,57 @@ def test_unknown_classes_are_told_and_change_nothing(split):
         rails.partial_fit(X[some], y[some][1:])
     assert_array_equal(rails.predict_proba(new), before)
     assert_array_equal(rails.classes_, np.arange(9))
+
+
+def test_a_capacity_below_the_number_of_classes_is_refused(split):
+    X, y, *_ = split
+    with pytest.raises(ValueError, match="memory_capacity=9 is smaller than the number of classes"):
+        RAILSClassifier(memory_capacity=9, **CHEAP).fit(X, y)
+
+
+def test_remembered_cells_count_towards_the_neighbours_of_a_small_class(split):
+    X, y, new, _ = split
+    few = np.concatenate([np.flatnonzero(y == c)[:3] for c in range(10)])
+    rails = RAILSClassifier(**CHEAP | {"n_neighbors": 5}).fit(X[few], y[few])
+    assert rails.kneighbors(new)[1]["input"].shape[2] == 3
+    rails.remember(rails.respond(X[:60]), confidence=0)
+    distances, indices = (found["input"] for found in rails.kneighbors(new))
+    assert indices.shape[2] == 5
+    bank = rails.memory_["input"]
+    candidates = np.concatenate([X[few], bank.cells])
+    labels = np.concatenate([y[few], bank.labels])
+    for c in range(10):
+        expected = np.sort(np.linalg.norm(new[:, None] - candidates[labels == c], axis=2), axis=1)[
+            :, :5
+        ]
+        assert_allclose(distances[:, c], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [(object, str), (str, object), (object, object), (str, "U9")])
+def test_strings_are_strings_in_every_form(split, kinds):
+    X, y, new, _ = split
+    names = np.array([f"digit {c}" for c in range(10)])[y]
+    first, second = names.astype(kinds[0]), names.astype(kinds[1])
+    rails = RAILSClassifier(**CHEAP).partial_fit(X[:50], first[:50], classes=np.unique(names))
+    rails.partial_fit(X[50:], second[50:])
+    expected = RAILSClassifier(**CHEAP).fit(X, names).predict(new)
+    assert_array_equal(rails.predict(new), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"arbitration": 0.3, "layers": "input"}])
+def test_a_class_without_samples_is_there_and_never_predicted(split, settings):
+    X, y, new, _ = split
+    some = y < 4
+    network = torch.nn.Linear(64, 10) if "arbitration" in settings else None
+    rails = RAILSClassifier(network, **CHEAP | settings)
+    rails.partial_fit(X[some], y[some], classes=np.arange(10))
+    proba = rails.predict_proba(new)
+    assert proba.shape == (len(new), 10)
+    assert_allclose(proba.sum(axis=1), 1)
+    if network is None:
+        assert set(rails.predict(new)) <= set(range(4))
+        assert (proba[:, 4:] == 0).all()
+    rails.partial_fit(X[~some], y[~some])
+    assert set(rails.predict(new)) - set(range(4))
+    with pytest.raises(ValueError, match=r"not among the classes of the first call: \[11\]"):
+        rails.partial_fit(X[:3], [1, 2, 11])

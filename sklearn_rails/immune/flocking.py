@@ -759,13 +759,15 @@ def reserve(file, n_bytes):
     file.flush()
 
 
-def join_flocks(flock, other):
+def join_flocks(flock, other, n_neighbors):
     """Take the nearest of two sets of examples.
 
     Parameters
     ----------
-    flock, other : pair of torch.Tensor of shape (n, n_classes, n_neighbors)
+    flock, other : pair of torch.Tensor of shape (n, n_classes, n_found)
         Affinities, highest first, and positions, as :meth:`ClassNeighbors.kneighbors` gives them.
+    n_neighbors : int
+        Not more than both sets have together.
 
     Returns
     -------
@@ -774,7 +776,6 @@ def join_flocks(flock, other):
     """
     affinity, index = (torch.cat(parts, dim=2) for parts in zip(flock, other, strict=True))
     ranking = affinity.sort(dim=2, descending=True, stable=True)
-    n_neighbors = flock[0].shape[2]
     best = ranking.indices[..., :n_neighbors]
     return ranking.values[..., :n_neighbors], index.gather(2, best)
 
