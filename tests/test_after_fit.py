@@ -195,13 +195,18 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        (which, name)
+        for which, (estimator, _) in enumerate(estimators(None))
+        for name in SETTINGS
+        if name in estimator.get_params(deep=False)
+    ],
+)
 def test_parameters_set_after_fit_wait_for_the_next_fit(network, task, which, name):
     X, y = task
     estimator, ask = estimators(network)[which]
-    if name not in estimator.get_params(deep=False):
-        pytest.skip("not a parameter of this estimator")
     if which == 0:
         estimator.set_params(threat_scorer=ThreatScorer(random_state=0), early_stopping=True)
     estimator.fit(X, y)
