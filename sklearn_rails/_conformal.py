@@ -13,6 +13,9 @@ from ._validation import find_user_level
 # so that a quotient of two differences is finite in float64.
 LARGEST = 1e150
 
+# Scores that differ by less than this share of themselves, or of a typical score, are ties.
+ROUNDING = 1e-7
+
 # Evidence of a score that cannot be compared with those of the calibration samples. That of any
 # other score is below 1000: log(2 * LARGEST**2) is 692.
 MAX_EVIDENCE = 1e6
@@ -123,7 +126,8 @@ class ConformalScale:
     def __init__(self, calibration, rows=slice(None)):
         self._known_infinities = np.unique(calibration[np.isinf(calibration)])
         ordered = np.sort(_clip(calibration[rows]))
-        self._scores, first = np.unique(ordered, return_index=True)
+        first = _first_of_ties(ordered)
+        self._scores = ordered[first]
         self._p_values = (len(ordered) - first + 1) / (len(ordered) + 1)
         spread = self._scores[-1] - np.median(ordered)
         self._width = max(spread, 1 / LARGEST) if spread > 0 else 1.0
@@ -152,6 +156,19 @@ class ConformalScale:
         inside = np.fmax(np.fmin(inside, self._p_values[below]), self._p_values[above])
         beyond = np.maximum(scores - self._scores[-1], 0) / self._width
         return np.where(incomparable, MAX_EVIDENCE, np.log1p(beyond) - np.log(inside))
+
+
+def _first_of_ties(ordered):
+    """Find the places where scores in ascending order grow by more than rounding.
+
+    Duplicates are scored alike but for the last bits, which depend on the block they stand in.
+    """
+    first, typical = [0], np.median(np.abs(ordered))
+    for place in range(1, len(ordered)):
+        score = ordered[first[-1]]
+        if ordered[place] - score > ROUNDING * max(abs(score), typical):
+            first.append(place)
+    return np.array(first)
 
 
 def _clip(scores):

@@ -11,8 +11,14 @@ from sklearn.utils import check_random_state
 
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
-from ._validation import NEIGHBORS_ARE_STALE, as_fitted, restore_on_error, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, prepare_fit
+from ._validation import (
+    NEIGHBORS_ARE_STALE,
+    as_fitted,
+    plain_labels,
+    restore_on_error,
+    validate_rows,
+)
+from .features import LARGEST_SIZE, NETWORK_CONSTRAINTS, SharesNetwork, prepare_fit
 from .immune.conformity import neighbor_votes
 from .immune.flocking import ClassNeighbors
 
@@ -143,7 +149,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
             HasMethods(["fit", "kneighbors"]),
         ],
-        "n_jobs": [None, Integral],
+        "n_jobs": [None, Interval(Integral, -LARGEST_SIZE, LARGEST_SIZE, closed="both")],
         "random_state": ["random_state"],
     }
 
@@ -371,7 +377,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             X = validate_rows(self, X)
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration=(X_cal, y_cal): {error}") from error
-        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+        y = np.asarray(plain_labels(y))
         if y.shape != (len(X),):
             raise ValueError(
                 f"calibration=(X_cal, y_cal): y_cal has shape {y.shape}, but X_cal has {len(X)} "

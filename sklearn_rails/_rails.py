@@ -28,6 +28,7 @@ from ._validation import (
     validate_rows,
 )
 from .features import (
+    LARGEST_SIZE,
     NETWORK_CONSTRAINTS,
     SharesNetwork,
     is_out_of_memory,
@@ -220,8 +221,8 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         "feature_extractor": "no_validation",
         **NETWORK_CONSTRAINTS,
         "n_neighbors": [Interval(Integral, 1, None, closed="left")],
-        "population_size": [Interval(Integral, 1, None, closed="left")],
-        "generations": [Interval(Integral, 0, None, closed="left")],
+        "population_size": [Interval(Integral, 1, LARGEST_SIZE, closed="both")],
+        "generations": [Interval(Integral, 0, LARGEST_SIZE, closed="both")],
         "tau": [StrOptions({"scale"}), Interval(Real, 0, None, closed="neither")],
         "rho": [Interval(Real, 0, 1, closed="both")],
         "delta_min": [Interval(Real, 0, None, closed="left")],
@@ -243,7 +244,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         "storage": [StrOptions({"memory", "float16"}), str, os.PathLike],
         "threat_scorer": [None, HasMethods(["fit", "score_samples"])],
         "triage": ["boolean"],
-        "n_jobs": [None, Integral],
+        "n_jobs": [None, Interval(Integral, -LARGEST_SIZE, LARGEST_SIZE, closed="both")],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -340,6 +341,11 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         if self.delta_min > self.delta_max:
             raise ValueError(
                 f"delta_min={self.delta_min} must not be larger than delta_max={self.delta_max}."
+            )
+        if isinstance(self.threat_scorer, type):
+            raise TypeError(
+                f"threat_scorer must be an estimator, got the class {self.threat_scorer.__name__}; "
+                f"pass {self.threat_scorer.__name__}()."
             )
         if self.triage:
             self._check_triage()

@@ -12,6 +12,7 @@ from sklearn.utils import check_random_state
 from ._compat import Interval, StrOptions, fit_context
 from ._conformal import (
     MAX_EVIDENCE,
+    ROUNDING,
     ConformalScale,
     conformal_threshold,
     sample_rows,
@@ -264,7 +265,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         -------
         ndarray of shape (n,), int64
             ``fit(X, y).predict(X)``: -1 for an alarm, else 1. The samples are among their own
-            neighbours, so there are fewer alarms than on new clean data.
+            neighbours, so the rate is not that of new clean data: it is lower for distances and
+            densities, and higher for ``"disagreement"`` where ``y`` contradicts the network.
         """
         return self.fit(X, y).predict(X)
 
@@ -462,4 +464,6 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             "rows or a larger alpha.",
         )
         # What cannot be compared is always flagged, and all else never if alpha is too small.
-        self.offset_ = -min(conformal_threshold(threat, self.alpha), MAX_EVIDENCE / 2)
+        threshold = conformal_threshold(threat, self.alpha)
+        # A duplicate of a row that is not flagged must not be flagged by rounding.
+        self.offset_ = -min(threshold + ROUNDING * (1 + abs(threshold)), MAX_EVIDENCE / 2)

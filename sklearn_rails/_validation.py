@@ -66,7 +66,9 @@ def restore_on_error(method):
             params |= getattr(self, "_fitted_params", {})
         work = self._with(params)
         work._original = self
-        rng = check_random_state(params.get("random_state"))
+        rng = params.get("random_state")
+        # Seeds draw nothing from it, and what is no random state at all is named by the method.
+        rng = check_random_state(rng if isinstance(rng, np.random.RandomState) else None)
         state = rng.get_state(legacy=False)
         try:
             method(work, *args, **kwargs)
@@ -242,7 +244,7 @@ def validate_labels(y):
     ValueError
         If they are not one-dimensional, or cannot be classes.
     """
-    y = column_or_1d(_labels_of_tensor(y), warn=True)
+    y = column_or_1d(plain_labels(y), warn=True)
     check_classification_targets(y)
     return y
 
@@ -271,7 +273,8 @@ def _check_shape(input_shape):
     if input_shape is None:
         return None
     sizes = tuple(plain_scalar(size) for size in input_shape)
-    if not sizes or not all(isinstance(size, Integral) and size > 0 for size in sizes):
+    are_sizes = [isinstance(s, Integral) and not isinstance(s, bool) and s > 0 for s in sizes]
+    if not sizes or not all(are_sizes) or isinstance(input_shape, set | frozenset):
         raise ValueError(
             f"input_shape={input_shape!r} must hold positive integers, such as (1, 28, 28)."
         )
@@ -353,8 +356,26 @@ def _plain_tensor(X):
     return X.numpy() if X.device.type == "cpu" else X
 
 
-def _labels_of_tensor(y):
+def plain_labels(y):
+    """Turn labels in a tensor, or integers among objects, into what scikit-learn takes.
+
+    Parameters
+    ----------
+    y : array-like or torch.Tensor
+
+    Returns
+    -------
+    array-like
+
+    Raises
+    ------
+    ValueError
+        If a tensor holds no values.
+    """
     if not isinstance(y, torch.Tensor):
+        if str(getattr(y, "dtype", None)) == "object" and np.ndim(y) == 1:
+            plain = np.asarray(list(y))
+            return plain if plain.ndim == 1 and plain.dtype.kind in "biuf" else y
         return y
     if y.is_meta or y.is_nested or y.layout != torch.strided:
         raise ValueError("y must be a dense tensor that holds values, one label a sample.")
@@ -364,7 +385,7 @@ def _labels_of_tensor(y):
 
 def _validate_flat(estimator, X, y, *, reset, keep_integers):
     y_required = reset and get_tags(estimator).target_tags.required
-    y = _labels_of_tensor(y)
+    y = plain_labels(y)
     if isinstance(X, torch.Tensor):
         _validate_tensor(estimator, X, reset=reset)
         if y is not None or y_required:

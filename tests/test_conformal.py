@@ -160,3 +160,12 @@ def test_infinite_scores_that_do_not_set_the_scale_are_known():
     assert_allclose(evidence[0], -np.log(2 / 3))
     assert evidence[0] < evidence[1] < evidence[2] < 1000
     assert evidence[3] == MAX_EVIDENCE
+
+
+def test_scores_that_differ_by_rounding_are_ties():
+    calibration = np.repeat([1.0, 2.0, 3.0], 20) * (1 + 1e-12 * np.arange(60))
+    scale = ConformalScale(calibration)
+    for value, p_value in ((1.0, 1.0), (2.0, 41 / 61), (3.0, 21 / 61)):
+        near = value * (1 + np.linspace(-1e-11, 1e-11, 9))
+        assert_allclose(scale(near), -np.log(p_value), atol=1e-4)
+        assert np.ptp(scale(near)) < 1e-3

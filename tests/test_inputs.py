@@ -231,3 +231,55 @@ def test_integers_are_numbers_for_a_network_that_takes_floats(network, task):
     assert_array_equal(TorchFeatureExtractor(network).fit_transform(X), expected)
     rails = RAILSClassifier(network, layers="0", population_size=9, random_state=0)
     assert rails.fit(X, y).respond(X[:2]).plasma["0"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (RAILSClassifier(clip=(0, 1e40)), r"clip=\(0, 1e\+40\) is beyond what float32 holds"),
+        (RAILSClassifier(clip=("a", "b")), "clip="),
+        (RAILSClassifier(clip=(1, 0)), "clip="),
+        (RAILSClassifier(clip=(0, np.nan)), "clip="),
+        (RAILSClassifier(generations=10**30), "'generations' parameter"),
+        (RAILSClassifier(population_size=10**30), "'population_size' parameter"),
+        (RAILSClassifier(n_jobs=10**30), "'n_jobs' parameter"),
+        (RAILSClassifier(threat_scorer=ThreatScorer), "threat_scorer must be an estimator"),
+        (RAILSClassifier(storage=""), "storage=''"),
+        (RAILSClassifier(layers={"input"}), "layers=.* has no order"),
+        (RAILSClassifier(affinity=lambda a, b: (a - b).norm(dim=1) * 1j), "real numbers"),
+        (DkNNClassifier(batch_size=10**30), "'batch_size' parameter"),
+        (DkNNClassifier(random_state="a"), "'random_state' parameter"),
+        (DkNNClassifier(random_state=-1), "'random_state' parameter"),
+        (DkNNClassifier(random_state=np.random.default_rng(0)), "'random_state' parameter"),
+        (ThreatScorer(alpha=0), "'alpha' parameter"),
+        (ThreatScorer(random_state=2**32), "'random_state' parameter"),
+    ],
+)
+def test_a_wrong_parameter_is_named(task, estimator, message):
+    X, y = task
+    with pytest.raises((TypeError, ValueError), match=message):
+        estimator.fit(X.reshape(60, -1), y)
+    assert not hasattr(estimator, "layers_")
+
+
+def test_parameters_at_their_bounds_are_taken(task):
+    X, y = task
+    X = X.reshape(60, -1)
+    smallest = np.nextafter(0, 1)
+    with pytest.warns(UserWarning, match=r"alpha=5e-324 needs 2\.0\d*e\+323 calibration rows"):
+        ThreatScorer(alpha=smallest).fit(X)
+    RAILSClassifier(n_neighbors=10**30, clip=(-np.inf, np.inf), tau=1e300).fit(X, y).predict(X)
+    learned = nn.Parameter(torch.ones(30))
+    metric = RAILSClassifier(affinity=lambda a, b: -((a - b) * learned).norm(dim=1))
+    expected = RAILSClassifier(random_state=0).fit(X, y).predict(X)
+    assert_array_equal(metric.set_params(random_state=0).fit(X, y).predict(X), expected)
+
+
+@pytest.mark.parametrize("labels", [lambda y: y.astype(object), lambda y: list(map(int, y))])
+def test_integers_among_objects_are_labels(task, labels):
+    X, y = task
+    X = X.reshape(60, -1)
+    dknn = DkNNClassifier(random_state=0).fit(X, labels(y))
+    assert_array_equal(dknn.predict(X), DkNNClassifier(random_state=0).fit(X, y).predict(X))
+    rails = RAILSClassifier(random_state=0).fit(X, y)
+    rails.partial_fit(X, labels(y)).remember(rails.respond(X[:5]), labels(y[:5]))

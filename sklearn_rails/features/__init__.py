@@ -2,6 +2,7 @@
 
 from .device import is_out_of_memory, memory_budget
 from .extractor import (
+    LARGEST_SIZE,
     NETWORK_CONSTRAINTS,
     TorchFeatureExtractor,
     feature_map,
@@ -11,6 +12,7 @@ from .extractor import (
 from .frozen import FrozenModule, SharesNetwork
 
 __all__ = [
+    "LARGEST_SIZE",
     "NETWORK_CONSTRAINTS",
     "FrozenModule",
     "SharesNetwork",

@@ -14,13 +14,16 @@ from .device import DTYPES
 from .frozen import SharesNetwork, as_module
 from .mapping import FeatureMap
 
+# Sizes of tensors beyond this overflow inside of torch, before memory runs out.
+LARGEST_SIZE = 2**31 - 1
+
 # What every estimator of the package accepts for a network's place, precision and cuts.
 NETWORK_CONSTRAINTS = {
     "layers": [None, str, "array-like"],
     "input_shape": [None, "array-like"],
     "device": [str, torch.device],
     "dtype": [StrOptions(set(DTYPES))],
-    "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+    "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, LARGEST_SIZE, closed="both")],
 }
 
 

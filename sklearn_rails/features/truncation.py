@@ -133,6 +133,8 @@ class TruncatedNetwork:
         """
         if layers is None:
             return (INPUT if self._module is None else self.output,)
+        if isinstance(layers, set | frozenset):
+            raise ValueError(f"{parameter}={layers!r} has no order; give a list or a tuple.")
         names = (layers,) if isinstance(layers, str) else tuple(layers)
         known = [*self._names, INPUT] + ([] if self._module is None else [self.output])
         scripted = [name for name in names if name in self._unwatchable]

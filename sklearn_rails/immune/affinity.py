@@ -53,6 +53,8 @@ def affinity_to(affinity, antigens, features, *, overwrite_features=False):
             f"affinity must give a tensor of shape (n,) for two of shape (n, n_features); for "
             f"n={n * k} it gave {got}."
         )
+    if given.is_complex():
+        raise ValueError(f"affinity={affinity!r} must give real numbers, it gave {given.dtype}.")
     missing = given.isnan()
     if missing.any() and (antigens[missing].isfinite() & features[missing].isfinite()).all(1).any():
         raise ValueError(

@@ -133,7 +133,8 @@ class ClassNeighbors:
         ValueError
             If the storage is unknown, or does not go with the affinity or the algorithm.
         """
-        if self.storage not in ("memory", "float16") and not Path(self.storage).is_dir():
+        is_folder = str(self.storage) and Path(self.storage).is_dir()
+        if self.storage not in ("memory", "float16") and not is_folder:
             raise ValueError(
                 f"storage={str(self.storage)!r} must be 'memory', 'float16' or a folder that "
                 "exists."
@@ -279,7 +280,10 @@ class ClassNeighbors:
                     f"{self.affinity!r} does not give; use algorithm='auto' or an estimator."
                 )
             template = NearestNeighbors(algorithm=template)
-        examples = (self._examples + self._shift).cpu().numpy()
+        if self.algorithm is template:
+            examples = (self._examples + self._shift).cpu().numpy()
+        else:  # whose distances lose digits far from zero
+            examples = ((self._examples - self._center) * self._unit).cpu().numpy()
         # Rows of zeros have the same cosine with all others, and no place among them by distance.
         counted = ~self._blank.cpu().numpy()
         self._members, self._blanks = [], []
@@ -322,6 +326,7 @@ class ClassNeighbors:
     def _clip(self, n_neighbors):
         return min(n_neighbors, max(1, *self._sizes))
 
+    @torch.no_grad()  # an affinity may have parameters of its own
     def _find(self, queries, n_neighbors, recall):
         if self.storage == "float16" and recall is None:
             raise ValueError("storage='float16' keeps no example in full precision: give recall.")
@@ -360,6 +365,8 @@ class ClassNeighbors:
             return affinity, torch.where(places < 0, places, self._index[places])
 
     def _ask_indexes(self, queries, n_neighbors):
+        if isinstance(self.algorithm, str):
+            queries = (queries - self._origin) * self._unit
         rows = queries.cpu().numpy()
 
         def ask(index, members):
@@ -512,7 +519,9 @@ class ClassNeighbors:
 
     def _refuse_underflow(self, norms):
         info = torch.finfo(norms.dtype)
-        too_small = (norms > 0) & (norms * self._largest < info.tiny / info.eps)
+        # As they are without the scale of half precision, whatever the storage.
+        true_norms = norms.double() / self._scale**2
+        too_small = (true_norms > 0) & (true_norms * self._largest < info.tiny / info.eps)
         if self._largest > 0 and too_small.any():
             raise ValueError(
                 "affinity='inner_product' of some rows and all training rows is below what "

@@ -93,6 +93,11 @@ def find_domain(cells, clip):
             bounds = np.empty(0)
         if bounds.shape != (2,) or not bounds[0] < bounds[1]:
             raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")
+        # Infinity leaves a side open; a number beyond the dtype would overflow inside of torch.
+        if (np.isfinite(bounds) & (np.abs(bounds) > torch.finfo(cells.dtype).max)).any():
+            raise ValueError(
+                f"clip={clip!r} is beyond what {str(cells.dtype).removeprefix('torch.')} holds."
+            )
         return Domain(unit, *bounds.tolist())
     if in_unit_interval:
         return Domain(unit, 0.0, 1.0)

@@ -225,6 +225,10 @@ class Credibility(NeighborsSensor):
     Neighbours of another class than the most frequent one, over all layers, and less than 1 for
     the distance of the k-th neighbour, so that there are no ties: the distance over itself plus
     that of a typical clean row. With a single class only the distance is left.
+
+    A clean row that is left out of its own neighbours has one row fewer of its class near it than
+    a new one, which decides where a class has no more rows than k. So it is judged without itself
+    and with itself as its nearest neighbour, and the more suspect counts.
     """
 
     def __init__(self, clean):
@@ -233,14 +237,24 @@ class Credibility(NeighborsSensor):
 
     def score(self, rows):
         """Score new rows: an ndarray of shape (n, 1), float64."""
-        against, distance = 0, 0
+        against, against_with_own, distance = 0, 0, 0
+        labels = torch.from_numpy(self._labels)
         typical = self._radii.values()
         for (radius, index), unit in zip(self._nearest(rows), typical, strict=True):
-            votes = one_hot(torch.from_numpy(self._labels)[index], self._n_classes).sum(dim=1)
+            voters = one_hot(labels[index], self._n_classes)
+            votes = voters.sum(dim=1)
             against = against + self._n_neighbors - votes
+            if rows.own is not None:
+                own = one_hot(labels[rows.own], self._n_classes)
+                against_with_own = (
+                    against_with_own + self._n_neighbors - (votes - voters[:, -1] + own)
+                )
             radius = radius[:, -1]
             distance = distance + radius / (unit + radius) / len(rows.features)
-        return (against.min(dim=1).values + distance).numpy()[:, None]
+        score = against.min(dim=1).values
+        if rows.own is not None:
+            score = torch.maximum(score, against_with_own.min(dim=1).values)
+        return (score + distance).numpy()[:, None]
 
 
 class Disagreement(Sensor):

@@ -536,3 +536,24 @@ def test_pooled_neighbours_are_those_of_one_class(offset):
         exact = ClassNeighbors().fit(rows, y * 0, 1).kneighbors(queries, 30)
         assert_array_equal(found[1], exact[1])
     assert_array_equal(neighbors.kneighbors(Q, 3)[1][:, 6], -1)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "brute", "kd_tree", "ball_tree"])
+@pytest.mark.parametrize("offset", [0, 1e8])
+def test_every_algorithm_is_exact_far_from_zero(algorithm, offset):
+    rng = np.random.default_rng(0)
+    X = torch.from_numpy(rng.normal(size=(300, 6)) + offset)
+    neighbors = ClassNeighbors(algorithm=algorithm).fit(X, np.arange(300) % 2, 2)
+    affinity, index = neighbors.kneighbors(X[:40], 1)
+    assert (index[np.arange(40), np.arange(40) % 2, 0] == torch.arange(40)).all()
+    distance = torch.cdist(X[:40] - offset, X - offset)
+    for c in range(2):
+        assert_allclose(-affinity[:, c, 0], distance[:, c::2].amin(dim=1), atol=1e-7)
+
+
+@pytest.mark.parametrize("storage", ["memory", "float16"])
+def test_inner_products_that_vanish_are_refused_in_every_storage(storage):
+    X = torch.from_numpy(np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)) * 1e-22
+    neighbors = ClassNeighbors("inner_product", storage=storage).fit(X, np.arange(60) % 2, 2)
+    with pytest.raises(ValueError, match="affinity='inner_product' .* below what float32 holds"):
+        neighbors.kneighbors(X[:5], 3, lambda index: X[index])
