@@ -322,6 +322,19 @@ class ChecksBatch(nn.Module):
         return self.b(self.a(x).reshape(batch, 2, 3).reshape(batch, 6))
 
 
+def closure_for_forward():
+    network = nn.Sequential(linear(8, 6), linear(6, 3))
+    original = network.forward
+    network.forward = lambda x: original(2 * x)
+    return network
+
+
+def method_for_forward():
+    network = nn.Sequential(linear(8, 6), linear(6, 3))
+    network.forward = types.MethodType(lambda self, x: self[1](self[0](2 * x)), network)
+    return network
+
+
 ZOO = {
     # In place.
     "in-place activations": Specimen(
@@ -458,6 +471,11 @@ ZOO = {
     "DataParallel": Specimen(
         lambda: nn.DataParallel(nn.Sequential(linear(8, 6), linear(6, 3))), ["0", "1"]
     ),
+    "DataParallel inside": Specimen(
+        lambda: nn.Sequential(nn.DataParallel(nn.Sequential(linear(8, 6))), linear(6, 3)),
+        ["0", "1"],
+    ),
+    "forward replaced by a method": Specimen(method_for_forward, ["0", "1"]),
     "quantised": Specimen(quantised, ["a", "output"], tolerance=2e-2),
     "recurrent": Specimen(lambda: Recurrent(batch_first=True), ["head"]),
     "shared parameters": Specimen(
@@ -497,6 +515,9 @@ ZOO = {
 
 
 REFUSED = {
+    "forward replaced by a closure": Specimen(
+        closure_for_forward, message="forward of layer '' was replaced by a function"
+    ),
     "batch statistics": Specimen(
         lambda: small_cnn(inplace=False, track_running_stats=False),
         ["fc"],

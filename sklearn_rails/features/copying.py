@@ -57,15 +57,27 @@ def checksum(module):
     str
         The same on every device and in every process.
     """
-    module = plain_module(module)
-    digest = hashlib.blake2b(digest_size=16)
-    for name, layer in module.named_modules():
+    digest, seen = hashlib.blake2b(digest_size=16), set()
+    for name, layer in _named_layers(module):
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
         digest.update(repr((name, type(layer).__qualname__, _settings(layer))).encode())
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, tensor in tensors.items():
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(_sum_of_content(tensor.detach()))
+        for key, tensor in (
+            *layer.named_parameters(recurse=False),
+            *layer.named_buffers(recurse=False),
+        ):
+            digest.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(_sum_of_content(tensor.detach()))
     return digest.hexdigest()
+
+
+def _named_layers(module, prefix=""):
+    """Iterate over a network's layers by the names that they have without wrappers."""
+    module = plain_module(module)
+    yield prefix, module
+    for name, child in module.named_children():
+        yield from _named_layers(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _settings(layer):
@@ -92,7 +104,7 @@ def _sum_of_content(tensor):
 
 
 def check_ready(module, parameter):
-    """Raise an error for a network whose parameters do not exist yet.
+    """Raise an error for a network that cannot be run, or not without running another.
 
     Parameters
     ----------
@@ -103,8 +115,21 @@ def check_ready(module, parameter):
     Raises
     ------
     ValueError
-        If a parameter or buffer is lazy or on the meta device.
+        If a parameter or buffer is lazy or on the meta device, or the ``forward`` of a layer was
+        replaced by a function that holds on to the original layers: a copy would run these.
     """
+    layers = dict(module.named_modules())
+    for name, layer in layers.items():
+        forward = vars(layer).get("forward")
+        cells = getattr(forward, "__closure__", None) or ()
+        held = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells]
+        if any(value is layer for value in held for layer in layers.values()):
+            raise ValueError(
+                f"{parameter}: the forward of layer {name!r} was replaced by a function that holds "
+                "the network itself, so that a copy would run the original. Define forward as a "
+                "method of its class, or bind the function with functools.partial or "
+                "types.MethodType."
+            )
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(
