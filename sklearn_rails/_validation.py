@@ -8,7 +8,7 @@ from numbers import Integral
 import numpy as np
 import torch
 from scipy.sparse import issparse
-from sklearn.utils import check_random_state, get_tags
+from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
     check_consistent_length,
@@ -305,7 +305,10 @@ def _shape_hint(X, shape, expected):
 def _flatten(X):
     """Lay n-dimensional arrays and tensors out as rows; leave all else to scikit-learn."""
     if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):
-        X = torch.stack([torch.as_tensor(sample) for sample in X])
+        try:
+            X = torch.stack([torch.as_tensor(sample) for sample in X])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"X is not an array of samples of one shape: {error}") from error
     if isinstance(X, torch.Tensor):
         X = _plain_tensor(X)
     elif isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
@@ -394,15 +397,29 @@ def _validate_flat(estimator, X, y, *, reset, keep_integers):
     else:
         dtype = DTYPE_OF[estimator.dtype]
         if keep_integers:
-            # Behind fit, whole numbers may come as floats; float32 could not hold all of them.
-            dtype = [dtype if reset else np.float64, *INTEGER_DTYPES]
+            # In integers, of which float32 does not hold all, or what scikit-learn takes them for.
+            given, dtype = dtype, "numeric"
+            X = _plain_integers(X)
         if y is None and not y_required:
             X = validate_data(estimator, X, reset=reset, dtype=dtype)
         else:
             X, y = validate_data(estimator, X, y, reset=reset, dtype=dtype)
+        if keep_integers and reset and X.dtype not in INTEGER_DTYPES:
+            X = check_array(X, dtype=given, input_name="X", estimator=estimator)
     if y is not None:
         check_classification_targets(y)
     return X, y
+
+
+def _plain_integers(X):
+    """Turn integers among objects, and those of nullable frames, into an array or frame of them."""
+    if hasattr(X, "iloc"):
+        dtypes = [getattr(dtype, "numpy_dtype", None) for dtype in X.dtypes]
+        are_integers = all(dtype in INTEGER_DTYPES for dtype in dtypes)
+        return X.astype(np.int64) if are_integers and not X.isna().any(axis=None) else X
+    if not isinstance(X, np.ndarray) or X.dtype != np.dtype(object) or X.size == 0:
+        return X
+    return X.astype(np.int64) if all(isinstance(value, Integral) for value in X.flat) else X
 
 
 def _validate_tensor(estimator, X, *, reset):

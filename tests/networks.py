@@ -322,6 +322,45 @@ class ChecksBatch(nn.Module):
         return self.b(self.a(x).reshape(batch, 2, 3).reshape(batch, 6))
 
 
+def skip_over_self(self, x):
+    self.skip = self.a(x)
+    return self.b(self.middle(self.skip) + self.skip)
+
+
+def reuse_output(self, x):
+    if self.out is None or len(self.out) != len(x):
+        self.out = torch.empty(len(x), 3)
+    return torch.mm(x, self.a.weight.detach().T, out=self.out)
+
+
+def memoize(self, x):
+    return self.memo.setdefault(x.shape, self.a(x))
+
+
+def multiply_sparse(self, x):
+    return self.a(torch.sparse.mm(self.adjacency, x.T).T)
+
+
+class TrainReturnsNothing(nn.Module):
+    """Overrides train() without returning the module, as networks with frozen statistics do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = linear(8, 6), nn.BatchNorm1d(6), linear(6, 3)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+def frozen_script():
+    network = nn.Sequential(linear(8, 6), nn.ReLU(), linear(6, 3)).eval()
+    return torch.jit.freeze(torch.jit.script(network))
+
+
 def closure_for_forward():
     network = nn.Sequential(linear(8, 6), linear(6, 3))
     original = network.forward
@@ -471,6 +510,21 @@ ZOO = {
     "DataParallel": Specimen(
         lambda: nn.DataParallel(nn.Sequential(linear(8, 6), linear(6, 3))), ["0", "1"]
     ),
+    "activation kept and used later": Specimen(
+        lambda: Forward(
+            skip_over_self, a=linear(8, 16), middle=linear(16, 16), b=linear(16, 3), skip=None
+        ),
+        ["a", "output"],
+    ),
+    "output in a tensor that is reused": Specimen(
+        lambda: Forward(reuse_output, a=linear(), out=None), batch_size=16
+    ),
+    "results kept by shape": Specimen(lambda: Forward(memoize, a=linear(), memo={})),
+    "sparse buffer": Specimen(
+        lambda: Forward(multiply_sparse, a=linear(), adjacency=torch.eye(8).to_sparse()), ["a"]
+    ),
+    "train that returns nothing": Specimen(TrainReturnsNothing, ["a", "b"]),
+    "frozen TorchScript": Specimen(frozen_script),
     "DataParallel inside": Specimen(
         lambda: nn.Sequential(nn.DataParallel(nn.Sequential(linear(8, 6))), linear(6, 3)),
         ["0", "1"],
@@ -514,6 +568,8 @@ ZOO = {
 }
 
 
+PLACES = torch.linspace(0, 50, 5000)[:, None]
+
 REFUSED = {
     "forward replaced by a closure": Specimen(
         closure_for_forward, message="forward of layer '' was replaced by a function"
@@ -537,6 +593,23 @@ REFUSED = {
     ),
     "attention over the batch": Specimen(
         lambda: Forward(lambda self, x: self.a(x) - self.a(x).mean(0), a=linear()),
+        message="other features in another batch",
+    ),
+    "features by place in the batch": Specimen(
+        lambda: Forward(
+            lambda self, x: self.a(x + self.places[: len(x)]), a=linear(), places=PLACES
+        ),
+        message="other features in another batch",
+    ),
+    "samples in another order": Specimen(
+        lambda: Forward(lambda self, x: self.a(x[x[:, 0].argsort()]), a=linear()),
+        message="other features in another batch",
+    ),
+    "noise with a seed": Specimen(
+        lambda: Forward(
+            lambda self, x: self.a(x + torch.randn(x.shape, generator=torch.manual_seed(0))),
+            a=linear(),
+        ),
         message="other features in another batch",
     ),
     "state from pass to pass": Specimen(Stateful, message="other features in another batch"),

@@ -318,3 +318,107 @@ def test_a_failure_in_any_pass_of_the_network_leaves_the_old_fit(network, task):
                 break
         Fails.budget = np.inf
         assert n_passes > 5
+
+
+class Holds(nn.Module):
+    """Holds what decides on its output in every kind of attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 3)
+        self.mean = torch.zeros(8)
+        self.shift = np.zeros(3, np.float32)
+        self.activation = torch.relu
+        self.settings = {"slope": 1.0}
+        self.power = 1
+        self.more = [nn.Linear(3, 3)]
+        self.dropout = nn.Dropout(0.5)
+        self.last_mean, self.is_ready, self.n_passes, self.seen = 0.0, False, 0, []
+
+    def forward(self, x):
+        self.last_mean, self.is_ready, self.n_passes = float(x.mean()), True, self.n_passes + 1
+        self.seen.append(len(x))
+        h = self.activation(self.a(self.dropout(x - self.mean))) * self.settings["slope"]
+        return self.more[0](h**self.power + torch.from_numpy(self.shift))
+
+
+EDITS = {
+    "tensor replaced": lambda n: setattr(n, "mean", torch.arange(8.0)),
+    "tensor in place": lambda n: n.mean.add_(1),
+    "array in place": lambda n: n.shift.__iadd__(1),
+    "function": lambda n: setattr(n, "activation", torch.tanh),
+    "entry of a dictionary": lambda n: n.settings.update(slope=-3.0),
+    "integer": lambda n: setattr(n, "power", 2),
+    "layer in a plain list": lambda n: n.more[0].weight.data.mul_(-3),
+    "hook": lambda n: n.a.register_forward_hook(lambda m, i, o: -3 * o),
+    "hook before": lambda n: n.a.register_forward_pre_hook(lambda m, i: (-3 * i[0],)),
+    "activation of a layer of torch": lambda n: n.more.append(nn.ReLU()),
+}
+
+USES = {
+    "run": lambda n: n(torch.rand(4, 8)),
+    "dropout": lambda n: setattr(n.dropout, "p", 0.1),
+    "hook that watches": lambda n: n.a.register_forward_hook(lambda m, i, o: None),
+    "modes": lambda n: n.eval().requires_grad_(False).train(),
+}
+
+
+def make_holds():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Holds()
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_of_every_kind_of_attribute_are_noticed(task, edit):
+    X, y = task
+    network = make_holds()
+    frozen = FrozenModule(network)
+    key, dknn = joblib.hash(frozen), DkNNClassifier(network, random_state=0).fit(X, y)
+    EDITS[edit](network)
+    with pytest.warns(UserWarning, match="has changed since fit"):
+        live = dknn.p_values(X)
+    loaded = pickle.loads(pickle.dumps(dknn))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_array_equal(loaded.p_values(X), live)
+    assert (joblib.hash(frozen) != key) or "hook" in edit
+
+
+@pytest.mark.parametrize("use", USES)
+def test_uses_that_change_no_feature_are_not_reported(task, use):
+    X, y = task
+    network = make_holds()
+    dknn = DkNNClassifier(network, random_state=0).fit(X, y)
+    expected = dknn.p_values(X)
+    USES[use](network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_array_equal(dknn.p_values(X), expected)
+        assert_array_equal(dknn.p_values(X), expected)
+    assert len(network.seen) == (use == "run")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda n: n.__setitem__(2, nn.Linear(6, 5)), "layers='2' has 5 features, but had 3"),
+        (lambda n: n.__setitem__(0, nn.Linear(9, 6)), "cannot be used any more"),
+        (lambda n: n.to("meta"), "meta device"),
+        (
+            lambda n: n.__setitem__(
+                2, nn.Sequential(n[2], nn.BatchNorm1d(3, track_running_stats=False))
+            ),
+            "other features in another batch",
+        ),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_network_edited_beyond_use_is_refused_each_time(network, task, which, edit, message):
+    X, y = task
+    estimator, ask = estimators(network)[which]
+    estimator.set_params(layers="2").fit(X, y)
+    edit(network)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"has changed since fit.*{message}"):
+            getattr(estimator, ask)(X)

@@ -30,7 +30,8 @@ in_zoo = pytest.mark.parametrize("name", ZOO)
 def make(specimen):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = specimen.make().train()
+        network = specimen.make()
+        network.train()
     rng = np.random.default_rng(0)
     if specimen.shape == TOKENS:
         X = rng.integers(0, 50, size=(N_SAMPLES, *specimen.shape))
@@ -64,7 +65,8 @@ def estimators(network, specimen):
 
 def plain_forward(specimen, X):
     """Compute the layers by a forward pass with hooks that clone, in batches of equal size."""
-    network = plain_module(make(specimen)[0]).eval()
+    network = plain_module(make(specimen)[0])
+    network.eval()
     kept = {}
 
     def keep(name, output):
@@ -105,7 +107,7 @@ def snapshot(network):
             for m in network.modules()
             if not isinstance(m, torch.jit.ScriptModule)
         ],
-        "kept": repr(getattr(network, "kept", None)),
+        "kept": [repr(getattr(network, name, None)) for name in ("kept", "skip", "out", "memo")],
     }
 
 
@@ -113,7 +115,7 @@ def assert_unchanged(network, before):
     after = snapshot(network)
     for old, new in zip(before.pop("values"), after.pop("values"), strict=True):
         if not old.is_quantized:
-            assert_array_equal(old.float(), new.float())
+            assert_array_equal(*(t.to_dense().float() for t in (old, new)))
     assert before == after
 
 
@@ -189,7 +191,10 @@ def test_networks_hash_by_content(name):
         assert joblib.hash(frozen) != key
 
 
-HAVE_GRADIENTS = [name for name in ZOO if ZOO[name].shape != TOKENS and name != "quantised"]
+WITHOUT_GRADIENTS = "quantised", "output in a tensor that is reused"
+HAVE_GRADIENTS = [
+    name for name in ZOO if ZOO[name].shape != TOKENS and name not in WITHOUT_GRADIENTS
+]
 
 
 @pytest.mark.parametrize("name", HAVE_GRADIENTS)
@@ -225,3 +230,30 @@ def test_what_cannot_be_copied_is_shared_and_named_when_pickled():
         dknn.predict(X)
         with pytest.raises(TypeError, match="network Forward cannot be pickled"):
             pickle.dumps(dknn)
+
+
+@pytest.mark.parametrize("name", ["activation kept and used later", "observer in a buffer"])
+def test_threads_do_not_mix_up_what_a_network_keeps(name):
+    network, X, y = make(ZOO[name])
+    X, y = np.tile(X, (8, 1)), np.tile(y, 8)
+    settings = {"layers": "output", "population_size": 60, "random_state": 0, "batch_size": 16}
+    expected = RAILSClassifier(network, **settings).fit(X, y).predict_proba(X)
+    found = RAILSClassifier(network, n_jobs=4, **settings).fit(X, y).predict_proba(X)
+    assert_array_equal(found, expected)
+
+
+def test_an_autocast_of_the_caller_changes_nothing():
+    network, X, y = make(ZOO["weight_norm"])
+    for estimator in estimators(network, ZOO["weight_norm"]):
+        ask = "score_samples" if isinstance(estimator, ThreatScorer) else "predict_proba"
+        expected = getattr(estimator.fit(X, y), ask)(X)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_array_equal(getattr(estimator, ask)(X), expected)
+            assert_array_equal(getattr(estimator.fit(X, y), ask)(X), expected)
+
+
+def test_samples_that_a_network_fails_on_are_named():
+    network, X, y = make(ZOO["token ids, mean of embeddings"])
+    dknn = DkNNClassifier(network, layers="b", random_state=0).fit(X, y)
+    with pytest.raises(ValueError, match="fails on some samples of X: IndexError: index out of"):
+        dknn.predict(X + 100)

@@ -5,7 +5,10 @@ import copy
 import functools
 import hashlib
 import types
+import zlib
+from dataclasses import is_dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -15,6 +18,11 @@ from torch.nn.parameter import is_lazy
 CHECKSUM_COLUMNS = 251
 
 CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+
+SCALARS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+# What every module has, and what torch.compile adds.
+MODULE_ATTRIBUTES = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
 def plain_module(module):
@@ -41,8 +49,8 @@ def _wrapped(module):
     return getattr(module, "_orig_mod", None)
 
 
-def checksum(module):
-    """Summarize a network's structure and the content of its parameters and buffers.
+def checksum(module, ignored=()):
+    """Summarize what decides on a network's outputs: its structure, settings and weights.
 
     Reading every weight costs about as much as the memory traffic of one micro-batch. Versions and
     addresses of tensors would be cheaper, but writes through ``.data`` or a numpy view change
@@ -51,25 +59,129 @@ def checksum(module):
     Parameters
     ----------
     module : torch.nn.Module
+    ignored : sequence of (layer, place, key)
+        Attributes that a forward pass changes, as :func:`state_of` names them.
 
     Returns
     -------
-    str
-        The same on every device and in every process.
+    network, hooks : str
+        The same on every device and in every process. Hooks stand alone, since some only watch.
     """
-    digest, seen = hashlib.blake2b(digest_size=16), set()
+    network, hooks = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    seen, ignored = set(), {tuple(name) for name in ignored}
     for name, layer in _named_layers(module):
         if id(layer) in seen:
             continue
         seen.add(id(layer))
-        digest.update(repr((name, type(layer).__qualname__, _settings(layer))).encode())
-        for key, tensor in (
-            *layer.named_parameters(recurse=False),
-            *layer.named_buffers(recurse=False),
-        ):
-            digest.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(_sum_of_content(tensor.detach()))
-    return digest.hexdigest()
+        network.update(f"{name} {type(layer).__qualname__}".encode())
+        for key, tensor in layer.named_parameters(recurse=False):
+            network.update(f" {key} {_describe(tensor, seen)}".encode())
+        is_dropout = isinstance(layer, nn.modules.dropout._DropoutNd)
+        for place, key, value in () if is_dropout else attributes_of(layer):
+            if (name, place, key) not in ignored:
+                network.update(f" {key} {_describe(value, seen)}".encode())
+        if not isinstance(layer, torch.jit.ScriptModule):
+            held = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+            hooks.update(f"{name} {_describe(held, seen)}".encode())
+    return network.hexdigest(), hooks.hexdigest()
+
+
+def attributes_of(layer):
+    """Iterate over a layer's buffers and attributes, as (place, key, value).
+
+    What every module has (its parameters, submodules, hooks) is left out.
+    """
+    if isinstance(layer, torch.jit.ScriptModule):
+        for key, value in layer.named_buffers(recurse=False):
+            yield "_buffers", key, value
+        return
+    for key, value in list(layer._buffers.items()):
+        yield "_buffers", key, value
+    for key, value in list(vars(layer).items()):
+        if key not in MODULE_ATTRIBUTES:
+            yield "__dict__", key, value
+
+
+def state_of(module):
+    """Copy the buffers and attributes of all layers, as far as a forward pass may write to them.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+
+    Returns
+    -------
+    dict of (layer, place, key) to object
+    """
+    return {
+        (name, place, key): copy_state(value)
+        for name, layer in module.named_modules()
+        if not isinstance(layer, torch.jit.ScriptModule)
+        for place, key, value in attributes_of(layer)
+    }
+
+
+def copy_state(value):
+    """Copy a tensor, or a container without what is in it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, (dict, *CONTAINERS)) else value
+
+
+def same_state(value, other):
+    """Check whether nothing was written between two calls of :func:`copy_state`."""
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, torch.Tensor):
+        return (
+            value.shape == other.shape
+            and value.dtype == other.dtype
+            and value.layout == other.layout
+            and (value.layout != torch.strided or torch.equal(value, other))
+        )
+    if isinstance(value, dict):
+        pairs = zip([*value, *value.values()], [*other, *other.values()], strict=False)
+    elif isinstance(value, set | frozenset):
+        return value == other
+    elif isinstance(value, CONTAINERS):
+        pairs = zip(value, other, strict=False)
+    else:
+        return value is other or (isinstance(value, SCALARS) and value == other)
+    return len(value) == len(other) and all(a is b for a, b in pairs)
+
+
+def _describe(value, seen):
+    """Describe a value by its content, alike in every process."""
+    if isinstance(value, SCALARS) or value is None:
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {_sum_of_content(value.detach()).hex()}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {zlib.crc32(np.ascontiguousarray(value).data)}"
+    if id(value) in seen:
+        return ""
+    if isinstance(value, nn.Module):  # in a plain list
+        return " ".join(checksum(value))
+    seen = seen | {id(value)}
+    if isinstance(value, dict):
+        return " ".join(f"{key!r}:{_describe(v, seen)}" for key, v in value.items())
+    if isinstance(value, CONTAINERS):
+        parts = [_describe(v, seen) for v in value]
+        return " ".join(sorted(parts) if isinstance(value, set | frozenset) else parts)
+    if isinstance(value, functools.partial):
+        return _describe([value.func, value.args, value.keywords], seen)
+    if isinstance(value, types.MethodType):
+        return _describe(value.__func__, seen)
+    if isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        code = value.__code__
+        return f"{value.__qualname__} {code.co_code.hex()} {code.co_consts[1:]!r}" + _describe(
+            [h for h in held if isinstance(h, SCALARS)], seen
+        )
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__
+    if isinstance(value, types.SimpleNamespace) or is_dataclass(value):
+        return f"{name} {_describe(vars(value), seen)}"
+    return name
 
 
 def _named_layers(module, prefix=""):
@@ -80,19 +192,14 @@ def _named_layers(module, prefix=""):
         yield from _named_layers(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _settings(layer):
-    """Return what decides on a layer's output besides its tensors, as far as it is plain."""
-    if type(layer).__module__.startswith("torch.nn."):
-        return layer.extra_repr()
-    # Integers may be counters, which change whenever the network is used.
-    return {
-        key: value
-        for key, value in vars(layer).items()
-        if isinstance(value, float | str | bool) and key != "training"
-    }
-
-
 def _sum_of_content(tensor):
+    if tensor.is_meta:
+        return b""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return _sum_of_content(tensor.indices()) + _sum_of_content(tensor.values())
+    if tensor.layout != torch.strided:
+        return _sum_of_content(tensor.to_dense())
     if tensor.is_quantized:
         tensor = tensor.int_repr()
     content = tensor.contiguous().flatten().view(torch.uint8)
@@ -121,8 +228,11 @@ def check_ready(module, parameter):
     layers = dict(module.named_modules())
     for name, layer in layers.items():
         forward = vars(layer).get("forward")
-        cells = getattr(forward, "__closure__", None) or ()
-        held = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells]
+        held = []
+        if isinstance(forward, types.FunctionType):
+            held = [cell.cell_contents for cell in forward.__closure__ or ()]
+            held += [forward.__globals__.get(name) for name in forward.__code__.co_names]
+        held = [getattr(value, "__self__", value) for value in held]
         if any(value is layer for value in held for layer in layers.values()):
             raise ValueError(
                 f"{parameter}: the forward of layer {name!r} was replaced by a function that holds "
@@ -186,10 +296,15 @@ def private_copy(module, device, dtype, parameter):
             f"{parameter} cannot be copied, and fit works on a copy so that the network stays as "
             f"it is: {type(error).__name__}: {error}"
         ) from error
+    if twin is module:
+        raise TypeError(
+            f"{parameter} cannot be copied, since its __deepcopy__ returns the network itself."
+        )
     for layer in twin.modules():
         if isinstance(layer, torch.jit.ScriptModule):  # its tensors are not Python's to replace
             layer.to(device=device, dtype=dtype)
-    return twin.eval()
+    twin.eval()  # which need not return the network
+    return twin
 
 
 def reachable(module):

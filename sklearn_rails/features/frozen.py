@@ -68,7 +68,8 @@ def _restore_parametrized(module, state):
 
 
 def _blob_key(module):
-    return checksum(module), tuple(layer.training for layer in module.modules())
+    training = [getattr(layer, "training", False) for layer in module.modules()]
+    return checksum(module), training
 
 
 def _to_blob(module):
@@ -80,8 +81,8 @@ def _to_blob(module):
         except Exception as error:
             raise TypeError(
                 f"The network {type(module).__name__} cannot be pickled: {error}. Remove the "
-                "attribute that cannot be pickled (a lock, an open file, a generator), or define "
-                "__getstate__ without it."
+                "attribute that cannot be pickled (a lock, an open file, a generator), or define a "
+                "__getstate__ without it and a __setstate__ that makes it anew."
             ) from error
         blob = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
         _BLOBS[module] = _blob_key(module), blob

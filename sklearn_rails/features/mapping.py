@@ -63,6 +63,7 @@ TRANSIENT = (
     "device",
     "_checksum",
     "_max_trial_seconds",
+    "_differs",
     "_network",
     "_seconds_per_row",
     "_warned",
@@ -135,6 +136,8 @@ class FeatureMap:
         if self.device.type == "mps" and dtype == "float64":
             raise ValueError("dtype='float64' cannot be had on device='mps'; use 'float32'.")
         self._fitted_checksum = self._checksum
+        # Whether the samples that fit tried have other features now.
+        self._differs = False
         self.layers = self._network.resolve_layers(layers, "layers")
         self.start_layer = start_layer
         if start_layer is not None:
@@ -164,7 +167,7 @@ class FeatureMap:
             parameter=self._parameter,
             traits=self._traits,
         )
-        self._checksum = None if self._module is None else checksum(self._module)
+        self._checksum = self._find_checksum()
 
     def warn_once(self, topic, message):
         """Warn, but of each topic only once in the life of the map.
@@ -189,28 +192,76 @@ class FeatureMap:
         Raises
         ------
         ValueError
-            If the network does not have the layers any more.
+            If the network does not have the layers any more, or gives something else there.
         """
         if self._module is None:
             return
-        found = checksum(self._module)
+        found = self._find_checksum()
         if found != self._checksum:
             with _FOLLOWING:
                 if found != self._checksum:
-                    self._run_on(self.device)
-                    self._network.resolve_layers(self.layers, "layers")
-        if consequence and found != self._fitted_checksum:
+                    try:
+                        self._follow()
+                    except ValueError:
+                        self._checksum = None  # to be found again at the next call
+                        raise
+                    self._checksum = found
+        (network, hooks), (network_of_fit, hooks_of_fit) = found, self._fitted_checksum
+        # Hooks may only watch.
+        has_changed = network != network_of_fit or (hooks != hooks_of_fit and self._differs)
+        if consequence and has_changed:
             self.warn_once(
                 "network",
                 f"The network given as {self._parameter} has changed since fit (trained further, "
                 f"cast to another type, or edited): {consequence} Call fit again.",
             )
 
+    def _find_checksum(self):
+        if self._module is None:
+            return None
+        return checksum(self._module, (self._traits or {}).get("volatile", ()))
+
+    def _follow(self):
+        """Copy the network as it is now, and run it on the samples that fit tried it on."""
+        try:
+            self._run_on(self.device)
+            self._network.resolve_layers(self.layers, "layers")
+            features = self._probe_features(self._try_network(self._probe))
+        except Exception as error:
+            raise ValueError(
+                f"The network given as {self._parameter} has changed since fit, and cannot be used "
+                f"any more. Call fit again. {type(error).__name__}: {error}"
+            ) from error
+        for name, values in features.items():
+            if values.shape != self._probed[name].shape:
+                raise ValueError(
+                    f"The network given as {self._parameter} has changed since fit: "
+                    f"layers={name!r} has {values[0].size} features, but had "
+                    f"{self._probed[name][0].size}. Call fit again."
+                )
+        self._differs = any(
+            not np.allclose(values, self._probed[name], rtol=1e-4, atol=1e-6, equal_nan=True)
+            for name, values in features.items()
+        )
+
+    def _try_network(self, x):
+        with torch.no_grad(), self._guard():
+            x = self._to_tensor(x).to(self.device)
+            return self._network.check(x, self.layers, self.start_layer)
+
+    def _probe_features(self, outputs):
+        return {
+            name: outputs[name].flatten().reshape(len(outputs[name]), -1).cpu().numpy()
+            for name in self.layers
+        }
+
     def rebased(self):
         """Return a map of the network as it is now, for an index that is made anew."""
         self.follow_network()
         renewed = object.__new__(FeatureMap)
         vars(renewed).update(vars(self), _fitted_checksum=self._checksum, _warned=set())
+        if self.has_network:
+            renewed._probed = self._probe_features(self._try_network(self._probe))
         return renewed
 
     def probe(self, X, *, with_output=False):
@@ -236,7 +287,7 @@ class FeatureMap:
         for integer_input in self._input_kinds(X):
             self.integer_input = integer_input
             try:
-                outputs = self._try_samples(self._different_samples(X), layers)
+                x, outputs = self._try_samples(self._different_samples(X), layers)
                 break
             except Exception as error:
                 errors.append(error)
@@ -249,6 +300,7 @@ class FeatureMap:
             self.start_shape = tuple(outputs[self.start_layer].shape[1:])
         self._max_trial_seconds = max(TRIAL_SECONDS, TRIAL_SHARE * len(X) * self._seconds_per_row)
         self.n_features_out = sum(outputs[name][0].numel() for name in self.layers)
+        self._probe, self._probed = x.cpu().numpy(), self._probe_features(outputs)
         self._row_bytes = self.n_features_out * self.dtype.itemsize
 
     def _input_kinds(self, X):
@@ -272,7 +324,7 @@ class FeatureMap:
         state = random_state_of(self.device)
         self._is_exact = self._draws_random = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._guard():
                 try:
                     outputs = self._network.check(x, layers, self.start_layer)
                 except Exception:
@@ -297,7 +349,8 @@ class FeatureMap:
         finally:
             set_random_state(state, self.device)
         self._traits = self._network.traits
-        return outputs
+        self._checksum = self._fitted_checksum = self._find_checksum()
+        return x, outputs
 
     def _runs_alone(self, x, layers, outputs):
         """Check whether one sample alone has the features that it has beside another."""
@@ -480,7 +533,8 @@ class FeatureMap:
         -------
         dict of str to torch.Tensor of shape (n, n_layer_features)
         """
-        return self._run(X.reshape(len(X), *self.input_shape), layers or self.layers)
+        with self._guard():
+            return self._run(X.reshape(len(X), *self.input_shape), layers or self.layers)
 
     def start(self, X):
         """Give the output of the start layer, or the rows themselves where there is none.
@@ -659,8 +713,15 @@ class FeatureMap:
     def _fixed_layout(self):
         return Layout(max(self._batch_size, self._smallest_batch), exact=self._is_exact)
 
+    @contextlib.contextmanager
     def _guard(self):
-        return RandomStateGuard(self.device) if self._draws_random else contextlib.nullcontext()
+        """Keep what is global from the passes, and the passes from what is global."""
+        draws = RandomStateGuard(self.device) if self._draws_random else contextlib.nullcontext()
+        has_autocast = self.device.type in ("cpu", "cuda")
+        # An autocast of the caller would give queries other features than the index has.
+        plain = torch.autocast(self.device.type, enabled=False) if has_autocast else draws
+        with plain, draws:
+            yield
 
     @torch.no_grad()
     def _measure_layout(self, layer, compare, any_order):
@@ -682,8 +743,16 @@ class FeatureMap:
     def _collect(self, X, layers, start=None, *, check_finite=True):
         shape = self.input_shape if start is None else self.start_shape
         x = self.to_device(X).reshape(len(X), *shape)
-        with torch.no_grad(), self._guard():
-            features = self._run(x, layers, start)
+        try:
+            with torch.no_grad(), self._guard():
+                features = self._run(x, layers, start)
+        except (MemoryError, LayerError):
+            raise
+        except Exception as error:  # such as token ids beyond an embedding
+            raise ValueError(
+                f"The network given as {self._parameter} fails on some samples of X: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         for name, values in features.items() if check_finite else ():
             if not torch.isfinite(values).all():
                 raise ValueError(
@@ -716,9 +785,12 @@ class FeatureMap:
         vars(self).update(state)
         self._module = None if self._module is None else self._module.module
         self._max_trial_seconds, self._seconds_per_row = TRIAL_SECONDS, 0.0
+        self._differs = False
         try:
             device = resolve_device(self._device_name)
         except ValueError as error:
             warnings.warn(f"{error} The loaded estimator runs on the CPU.", stacklevel=2)
             device = torch.device("cpu")
         self._run_on(device)
+        if self._checksum != self._fitted_checksum:
+            self._checksum = None  # it had changed before: to be looked at

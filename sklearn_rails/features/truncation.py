@@ -1,20 +1,23 @@
 """Run a network only as far as a named layer, or from one layer to another."""
 
-import itertools
 import threading
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 
 import torch
 
-from .copying import private_copy, reachable
+from .copying import copy_state, private_copy, reachable, same_state, state_of
 
 # What a network's own input and output are called, unless it has layers of these names.
 INPUT, OUTPUT = "input", "output"
 
 # Features of one sample in two batches may differ by this share of the largest feature before they
 # count as different: rounding, also of networks that compute in half precision inside.
-COMPANY_TOLERANCE = 1e-3
+COMPANY_TOLERANCE = 1e-4
+
+
+# In place of the value of an attribute that is not there.
+MISSING = object()
 
 
 class LayerError(ValueError):
@@ -88,13 +91,12 @@ class TruncatedNetwork:
         self._held = None
         self.traits = traits or {"n_blanks": 1, "integer_input": False, "volatile": []}
         self._lock = threading.Lock()
-        # Buffers that a pass changes, with the values that each pass starts from.
-        self._volatile = []
+        # Buffers and attributes that a pass changes, with the values that each pass starts from.
+        self._volatile = {}
         if module is not None:
             self._module = private_copy(module, device, dtype, parameter)
             self._watch_layers()
-            volatile = self.traits["volatile"]
-            self._volatile = [b for b in self._copy_buffers() if [b[0], b[1]] in volatile]
+            self._keep_volatile(state_of(self._module))
         # named_modules() itself knows the network as "".
         self.output = "" if OUTPUT in self._names else OUTPUT
 
@@ -219,16 +221,17 @@ class TruncatedNetwork:
         }
         asked = tuple(dict.fromkeys((*layers, *([] if start is None else [start]))))
         if self._module is not None:
-            before = self._copy_buffers()
+            before = state_of(self._module)
             self._count_runs(x, asked)
-            layers_of = dict(self._module.named_modules())
-            self._volatile = [
-                (layer, name, value)
-                for layer, name, value in before
-                if not _same_tensor(layers_of[layer]._buffers[name], value)
+            after = state_of(self._module)
+            changed = [
+                key
+                for key in {**before, **after}
+                if not same_state(before.get(key, MISSING), after.get(key, MISSING))
             ]
-            self.traits["volatile"] = [[layer, name] for layer, name, _ in self._volatile]
-            self._restore_buffers()
+            self.traits["volatile"] = [list(key) for key in changed]
+            self._keep_volatile(before)
+            self._restore_state()
         outputs = self(x, asked)
         if self._module is not None:
             self._check_company(x, asked, outputs)
@@ -284,10 +287,13 @@ class TruncatedNetwork:
                 )
 
     def _check_company(self, x, layers, outputs):
-        """Compare inputs' outputs beside others and beside copies of themselves."""
-        alone = {place: self(x[[place]].expand_as(x), layers) for place in (0, -1)}
-        for name, place in itertools.product(layers, alone):
-            expected, found = outputs[name][place], alone[place][name][place]
+        """Compare outputs for inputs in other places, beside others and beside their copies."""
+        flipped = self(x.flip(0), layers)
+        pairs = [(outputs[name], flipped[name].flip(0), name) for name in layers]
+        for place in (0, -1):
+            alone = self(x[[place]].expand_as(x), layers)
+            pairs += [(outputs[name][[place]], alone[name], name) for name in layers]
+        for expected, found, name in pairs:
             if not torch.isfinite(expected).all():
                 continue
             largest = max(expected.abs().max(), found.abs().max())
@@ -367,7 +373,7 @@ class TruncatedNetwork:
             try:
                 return self._forward_once(x, record)
             finally:
-                self._restore_buffers()
+                self._restore_state()
 
     def _forward_once(self, x, record):
         previous = getattr(self._recording, "record", None)
@@ -377,19 +383,18 @@ class TruncatedNetwork:
         finally:
             self._recording.record = previous
 
-    def _copy_buffers(self):
-        return [
-            (layer_name, name, value.clone())
-            for layer_name, layer in self._module.named_modules()
-            if not isinstance(layer, torch.jit.ScriptModule)
-            for name, value in layer._buffers.items()
-            if value is not None
-        ]
+    def _keep_volatile(self, state):
+        names = [tuple(name) for name in self.traits["volatile"]]
+        self._volatile = {name: state.get(name, MISSING) for name in names}
 
-    def _restore_buffers(self):
+    def _restore_state(self):
         layers = dict(self._module.named_modules()) if self._volatile else {}
-        for layer, name, value in self._volatile:
-            layers[layer]._buffers[name] = value.clone()
+        for (layer, place, key), value in self._volatile.items():
+            held = vars(layers[layer]) if place == "__dict__" else layers[layer]._buffers
+            if value is MISSING:
+                held.pop(key, None)
+            else:
+                held[key] = copy_state(value)
 
     def _make_hook(self, name):
         def hook(_module, _inputs, output):
@@ -472,15 +477,6 @@ def _replace_tensor(name, output, x):
     raise LayerError(
         f"start_layer={name!r}: the network gives a {type(output).__name__} there, but cells need "
         "a layer that gives a tensor, or a tuple or list with one."
-    )
-
-
-def _same_tensor(tensor, other):
-    return (
-        tensor is not None
-        and tensor.shape == other.shape
-        and tensor.dtype == other.dtype
-        and torch.equal(tensor, other)
     )
 
 
