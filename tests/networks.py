@@ -544,6 +544,19 @@ ZOO = {
         ),
         ["b"],
     ),
+    "layers that know each other": Specimen(
+        lambda: (
+            lambda net: (setattr(net[0], "next", [net[1]]), setattr(net[1], "all", [net]), net)[2]
+        )(nn.Sequential(linear(8, 6), linear(6, 3))),
+        ["0", "1"],
+    ),
+    "functions inside of functions": Specimen(
+        lambda: Forward(
+            lambda self, x: self.a(self.outer(x)),
+            a=linear(),
+            outer=lambda x: (lambda z: 2 * z)(x),
+        )
+    ),
     "no parameters": Specimen(lambda: nn.Sequential(nn.Flatten(), nn.Softplus()), ["1"]),
     "catches exceptions": Specimen(lambda: Forward(stop_short, **two_layers()), ["a", "b"]),
     "draws random numbers": Specimen(

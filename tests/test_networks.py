@@ -1,7 +1,10 @@
 """Every estimator on every network of the zoo, beside a plain forward pass."""
 
+import os
 import pickle
 import random
+import subprocess
+import sys
 
 import joblib
 import numpy as np
@@ -257,3 +260,22 @@ def test_samples_that_a_network_fails_on_are_named():
     dknn = DkNNClassifier(network, layers="b", random_state=0).fit(X, y)
     with pytest.raises(ValueError, match="fails on some samples of X: IndexError: index out of"):
         dknn.predict(X + 100)
+
+
+@pytest.mark.slow
+def test_checksums_are_the_same_in_every_process():
+    code = (
+        "import torch, networks; from sklearn_rails.features.copying import checksum\n"
+        "for specimen in networks.ZOO.values():\n"
+        "    torch.manual_seed(0); print(checksum(specimen.make()))"
+    )
+    found = []
+    for seed in "12":
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        found.append(run.stdout.splitlines())
+    assert len(found[0]) == len(ZOO)
+    assert found[0] == found[1]

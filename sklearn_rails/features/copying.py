@@ -67,8 +67,11 @@ def checksum(module, ignored=()):
     network, hooks : str
         The same on every device and in every process. Hooks stand alone, since some only watch.
     """
+    return _summarize(module, {tuple(name) for name in ignored}, set())
+
+
+def _summarize(module, ignored, seen):
     network, hooks = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    seen, ignored = set(), {tuple(name) for name in ignored}
     for name, layer in _named_layers(module):
         if id(layer) in seen:
             continue
@@ -161,7 +164,7 @@ def _describe(value, seen):
     if id(value) in seen:
         return ""
     if isinstance(value, nn.Module):  # in a plain list
-        return " ".join(checksum(value))
+        return " ".join(_summarize(value, (), seen))
     seen = seen | {id(value)}
     if isinstance(value, dict):
         return " ".join(f"{key!r}:{_describe(v, seen)}" for key, v in value.items())
@@ -173,11 +176,10 @@ def _describe(value, seen):
     if isinstance(value, types.MethodType):
         return _describe(value.__func__, seen)
     if isinstance(value, types.FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or ()]
         code = value.__code__
-        return f"{value.__qualname__} {code.co_code.hex()} {code.co_consts[1:]!r}" + _describe(
-            [h for h in held if isinstance(h, SCALARS)], seen
-        )
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        plain = [part for part in (*code.co_consts, *held) if isinstance(part, SCALARS)]
+        return f"{value.__qualname__} {code.co_code.hex()} {_describe(plain, seen)}"
     name = getattr(value, "__qualname__", None) or type(value).__qualname__
     if isinstance(value, types.SimpleNamespace) or is_dataclass(value):
         return f"{name} {_describe(vars(value), seen)}"
