@@ -279,3 +279,21 @@ def test_checksums_are_the_same_in_every_process():
         found.append(run.stdout.splitlines())
     assert len(found[0]) == len(ZOO)
     assert found[0] == found[1]
+
+
+def test_a_hook_that_watches_runs_once_and_one_that_acts_always():
+    network, X, _ = make(ZOO["in-place activations"])
+    expected = TorchFeatureExtractor(network, layers="fc").fit_transform(X)
+    seen = []
+    network[0].register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    network.register_forward_hook(lambda m, i, k, o: seen.append(len(o)), with_kwargs=True)
+    extractor = TorchFeatureExtractor(network, layers="fc").fit(X)
+    assert_array_equal(extractor.transform(X), expected)
+    assert seen == [2, 2]
+    assert [len(layer._forward_hooks) for layer in (network, network[0])] == [1, 1]
+    network[0].register_forward_hook(lambda m, i, o: (o.mul_(-3), None)[1])
+    changed = TorchFeatureExtractor(network, layers="fc").fit_transform(X)
+    assert np.abs(changed - expected).max() > 0.01
+    # The extractor of before follows.
+    assert_array_equal(extractor.transform(X), changed)
+    assert set(seen) == {2}

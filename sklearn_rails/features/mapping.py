@@ -205,7 +205,8 @@ class FeatureMap:
                     except ValueError:
                         self._checksum = None  # to be found again at the next call
                         raise
-                    self._checksum = found
+                    # By what a pass changes now.
+                    found = self._checksum = self._find_checksum()
         (network, hooks), (network_of_fit, hooks_of_fit) = found, self._fitted_checksum
         # Hooks may only watch.
         has_changed = network != network_of_fit or (hooks != hooks_of_fit and self._differs)
@@ -223,10 +224,12 @@ class FeatureMap:
 
     def _follow(self):
         """Copy the network as it is now, and run it on the samples that fit tried it on."""
+        self._traits = None
         try:
             self._run_on(self.device)
             self._network.resolve_layers(self.layers, "layers")
             features = self._probe_features(self._try_network(self._probe))
+            self._traits = self._network.traits
         except Exception as error:
             raise ValueError(
                 f"The network given as {self._parameter} has changed since fit, and cannot be used "

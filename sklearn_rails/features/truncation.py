@@ -53,7 +53,8 @@ class TruncatedNetwork:
     traits : dict
         What :meth:`check` found out: ``"n_blanks"``, inputs to run in front of a start layer (None
         for as many as there are cells); ``"integer_input"``, whether inputs are integers; and
-        ``"volatile"``, the names of layers with those of their buffers that a pass changes.
+        ``"volatile"``, the layer, place and key of each attribute that a pass changes; and
+        ``"watchers"``, the layer and key of each hook of the network's own that only watches.
 
     Raises
     ------
@@ -89,12 +90,19 @@ class TruncatedNetwork:
         self._module = None
         self._names, self._unwatchable = [], []
         self._held = None
-        self.traits = traits or {"n_blanks": 1, "integer_input": False, "volatile": []}
+        self.traits = traits or {
+            "n_blanks": 1,
+            "integer_input": False,
+            "volatile": [],
+            "watchers": [],
+        }
         self._lock = threading.Lock()
         # Buffers and attributes that a pass changes, with the values that each pass starts from.
         self._volatile = {}
         if module is not None:
             self._module = private_copy(module, device, dtype, parameter)
+            for name, key in self.traits["watchers"]:
+                _remove_hook(self._module.get_submodule(name), key)
             self._watch_layers()
             self._keep_volatile(state_of(self._module))
         # named_modules() itself knows the network as "".
@@ -218,11 +226,12 @@ class TruncatedNetwork:
             "n_blanks": 1,
             "integer_input": not x.is_floating_point(),
             "volatile": [],
+            "watchers": list(self.traits["watchers"]),  # which are gone already
         }
         asked = tuple(dict.fromkeys((*layers, *([] if start is None else [start]))))
         if self._module is not None:
             before = state_of(self._module)
-            self._count_runs(x, asked)
+            self._leave_out_watchers(lambda: self._count_runs(x, asked))
             after = state_of(self._module)
             changed = [
                 key
@@ -266,6 +275,28 @@ class TruncatedNetwork:
             }
         place = output.untyped_storage().data_ptr()
         return place != x.untyped_storage().data_ptr() and place not in self._held
+
+    def _leave_out_watchers(self, run):
+        """Remove the network's forward hooks that change nothing in a pass.
+
+        They collect activations, say, for the user and not for every pass of an estimator.
+        """
+        acting, hooks = set(), {}
+        for name, layer in self._module.named_modules():
+            if isinstance(layer, torch.jit.ScriptModule):
+                continue
+            for key, hook in layer._forward_hooks.items():
+                if not getattr(hook, "records", False):
+                    hooks[name, key] = layer, hook
+                    layer._forward_hooks[key] = _report_acts(hook, (name, key), acting)
+        try:
+            run()
+        finally:
+            for (_, key), (layer, hook) in hooks.items():
+                layer._forward_hooks[key] = hook
+        for name, key in hooks.keys() - acting:
+            _remove_hook(hooks[name, key][0], key)
+            self.traits["watchers"].append([name, key])
 
     def _count_runs(self, x, layers):
         counts = {name: 0 for name in layers if name in self._names}
@@ -401,6 +432,7 @@ class TruncatedNetwork:
             record = getattr(self._recording, "record", None)
             return None if record is None else record(name, output)
 
+        hook.records = True
         return hook
 
     def _take(self, name, output, n_inputs):
@@ -428,6 +460,33 @@ class TruncatedNetwork:
                 "floats, one row or more values for each input. Name a layer that does."
             )
         return tensor.to(self.dtype)
+
+
+def _report_acts(hook, name, acting):
+    """Wrap a forward hook, to add its name to those that change something."""
+
+    def wrapped(*args):
+        before = _version(args[-1])
+        result = hook(*args)
+        if result is not None or _version(args[-1]) != before:
+            acting.add(name)
+        return result
+
+    return wrapped
+
+
+def _version(value):
+    is_counted = isinstance(value, torch.Tensor) and not value.is_inference()
+    return value._version if is_counted else None
+
+
+def _remove_hook(layer, key):
+    for hooks in (
+        layer._forward_hooks,
+        layer._forward_hooks_with_kwargs,
+        layer._forward_hooks_always_called,
+    ):
+        hooks.pop(key, None)
 
 
 class _Reached(BaseException):
