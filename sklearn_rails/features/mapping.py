@@ -357,12 +357,15 @@ class FeatureMap:
 
     def _runs_alone(self, x, layers, outputs):
         """Check whether one sample alone has the features that it has beside another."""
-        start = time.perf_counter()
-        try:
-            alone = self._network(x[:1], layers)
-        except Exception:  # a squeeze() drops the axis of the samples
-            return False
-        self._seconds_per_row = time.perf_counter() - start
+        seconds = []
+        for _ in range(2):  # the first pass of a shape may take several times as long
+            start = time.perf_counter()
+            try:
+                alone = self._network(x[:1], layers)
+            except Exception:  # a squeeze() drops the axis of the samples
+                return False
+            seconds.append(time.perf_counter() - start)
+        self._seconds_per_row = min(seconds)
         return all(
             (values[0] - outputs[name][0]).abs().max()
             <= COMPANY_TOLERANCE * outputs[name][0].abs().max()
