@@ -505,10 +505,9 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             return found
 
         found = fitted._features.map_blocks(flock, len(X))
-        layers = fitted.layers_
-        return dict(zip(layers, found[::2], strict=True)), dict(
-            zip(layers, found[1::2], strict=True)
-        )
+        distances = dict(zip(fitted.layers_, found[::2], strict=True))
+        indices = dict(zip(fitted.layers_, found[1::2], strict=True))
+        return distances, indices
 
     def respond(self, X: ArrayLike | torch.Tensor, y: None = None) -> ImmuneResponse:
         """Give everything that the responses to some rows produce.

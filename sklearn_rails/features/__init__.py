@@ -5,8 +5,6 @@ from .extractor import (
     LARGEST_SIZE,
     NETWORK_CONSTRAINTS,
     TorchFeatureExtractor,
-    feature_map,
-    open_parameter,
     prepare_fit,
 )
 from .frozen import FrozenModule, SharesNetwork
@@ -17,9 +15,7 @@ __all__ = [
     "FrozenModule",
     "SharesNetwork",
     "TorchFeatureExtractor",
-    "feature_map",
     "is_out_of_memory",
     "memory_budget",
-    "open_parameter",
     "prepare_fit",
 ]

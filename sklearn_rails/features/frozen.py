@@ -73,8 +73,8 @@ def _blob_key(module):
 
 
 def _to_blob(module):
-    key, blob = _BLOBS.get(module, (None, None))
-    if key != _blob_key(module):
+    key, (kept, blob) = _blob_key(module), _BLOBS.get(module, (None, None))
+    if kept != key:
         buffer = io.BytesIO()
         try:
             torch.save(plain_module(module), buffer, pickle_module=_NETWORK_PICKLE)
@@ -85,7 +85,7 @@ def _to_blob(module):
                 "__getstate__ without it and a __setstate__ that makes it anew."
             ) from error
         blob = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
-        _BLOBS[module] = _blob_key(module), blob
+        _BLOBS[module] = key, blob
     return blob
 
 

@@ -135,7 +135,8 @@ class FeatureMap:
         self._run_on(resolve_device(device))
         if self.device.type == "mps" and dtype == "float64":
             raise ValueError("dtype='float64' cannot be had on device='mps'; use 'float32'.")
-        self._fitted_checksum = self._checksum
+        # Known after probe(): that of the network as it runs here, and as fit saw it.
+        self._checksum = self._fitted_checksum = None
         # Whether the samples that fit tried have other features now.
         self._differs = False
         self.layers = self._network.resolve_layers(layers, "layers")
@@ -167,7 +168,6 @@ class FeatureMap:
             parameter=self._parameter,
             traits=self._traits,
         )
-        self._checksum = self._find_checksum()
 
     def warn_once(self, topic, message):
         """Warn, but of each topic only once in the life of the map.
@@ -254,7 +254,7 @@ class FeatureMap:
 
     def _probe_features(self, outputs):
         return {
-            name: outputs[name].flatten().reshape(len(outputs[name]), -1).cpu().numpy()
+            name: outputs[name].reshape(len(outputs[name]), -1).cpu().numpy()
             for name in self.layers
         }
 
@@ -798,5 +798,6 @@ class FeatureMap:
             warnings.warn(f"{error} The loaded estimator runs on the CPU.", stacklevel=2)
             device = torch.device("cpu")
         self._run_on(device)
-        if self._checksum != self._fitted_checksum:
-            self._checksum = None  # it had changed before: to be looked at
+        # None where it had changed before: to be looked at.
+        is_as_fitted = self._find_checksum() == self._fitted_checksum
+        self._checksum = self._fitted_checksum if is_as_fitted else None
