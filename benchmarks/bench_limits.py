@@ -22,10 +22,10 @@ from reproduce.train import attack, load_data, load_network, split_rows
 from torch import nn
 
 from sklearn_rails import RAILSClassifier
-from sklearn_rails._random import generation_uniforms
 from sklearn_rails.demo import SmallCNN
 from sklearn_rails.features.batching import Layout
-from sklearn_rails.immune.flocking import ClassNeighbors
+from sklearn_rails.immune.random import generation_uniforms
+from sklearn_rails.neighbors.index import ClassNeighbors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import literal  # the slow loop that the tests hold the engine to

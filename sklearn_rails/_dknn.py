@@ -9,21 +9,25 @@ from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 
-from ._compat import HasMethods, Interval, StrOptions, fit_context
-from ._conformal import conformal_p_values, sample_rows
-from ._validation import (
+from ._base import (
+    LARGEST_SIZE,
     NEIGHBORS_ARE_STALE,
+    NETWORK_CONSTRAINTS,
+    NetworkEstimator,
     as_fitted,
-    plain_labels,
+    prepare_fit,
     restore_on_error,
     validate_rows,
 )
-from .features import LARGEST_SIZE, NETWORK_CONSTRAINTS, SharesNetwork, prepare_fit
-from .immune.conformity import neighbor_votes
-from .immune.flocking import ClassNeighbors
+from ._blocks import block_slices, map_blocks
+from ._compat import HasMethods, Interval, StrOptions, fit_context
+from ._conformal import conformal_p_values, sample_rows
+from ._validation import plain_labels
+from .neighbors.index import ClassNeighbors
+from .neighbors.votes import neighbor_votes
 
 
-class DkNNClassifier(ClassifierMixin, SharesNetwork):
+class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     """Deep k-nearest neighbours: a vote of hidden layers, with its credibility.
 
     In every layer the k nearest training examples are found. The nonconformity of an input with a
@@ -230,7 +234,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             layer: ClassNeighbors("euclidean", self.algorithm, self.n_jobs).begin(one_class, 1)
             for layer in self.layers_
         }
-        for block in self._features.row_blocks(len(rows)):
+        for block in block_slices(len(rows), self._features.row_bytes, self._features.device):
             for layer, features in self._features(X[rows[block]]).items():
                 self._neighbors[layer].put(block, features)
         for neighbors in self._neighbors.values():
@@ -272,8 +276,8 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
             the votes, so the order of the classes is that of the p-values, ties broken.
         """
         fitted = self._as_fitted()
-        votes, closeness = fitted._vote(validate_rows(fitted, X))
-        scores = votes + closeness / 2
+        votes, tie_break = fitted._vote(validate_rows(fitted, X))
+        scores = votes + tie_break / 2
         return scores / scores.sum(axis=1, keepdims=True)
 
     def p_values(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
@@ -341,7 +345,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
 
         Returns
         -------
-        votes, closeness : ndarray of shape (n, n_classes), float64
+        votes, tie_break : ndarray of shape (n, n_classes), float64
             Closeness is in [0, 1): 0 where a class is not among the neighbours.
         """
 
@@ -355,7 +359,7 @@ class DkNNClassifier(ClassifierMixin, SharesNetwork):
                 own=None if own is None else own[block],
             )
 
-        return self._features.map_blocks(vote, len(X))
+        return map_blocks(vote, len(X), self._features.row_bytes, self._features.device)
 
     def _nonconformities(self, X, own=None):
         votes, _ = self._vote(X, own)

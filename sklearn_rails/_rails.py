@@ -16,28 +16,23 @@ from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin, clone
 from tqdm.auto import tqdm
 
-from ._compat import HasMethods, Interval, StrOptions, fit_context
-from ._random import draw_seed, generation_uniforms
-from ._remembering import Remembers
-from ._settling import SettlesRows, check_threat_scores, shares_of, spread_rows
-from ._validation import (
+from ._base import (
+    LARGEST_SIZE,
     NEIGHBORS_ARE_STALE,
+    NETWORK_CONSTRAINTS,
+    NetworkEstimator,
     as_fitted,
-    check_known_labels,
+    prepare_fit,
     restore_on_error,
     validate_rows,
 )
-from .features import (
-    LARGEST_SIZE,
-    NETWORK_CONSTRAINTS,
-    SharesNetwork,
-    is_out_of_memory,
-    memory_budget,
-    prepare_fit,
-)
-from .immune.affinity import affinity_to
-from .immune.consensus import class_affinity, count_votes, fittest, n_elite, tie_break
-from .immune.flocking import ClassNeighbors, join_flocks, scale_of_affinity
+from ._blocks import block_slices, map_blocks, memory_budget
+from ._compat import HasMethods, Interval, StrOptions, fit_context
+from ._remembering import Remembers
+from ._settling import SettlesRows, check_threat_scores, shares_of, spread_rows
+from ._validation import check_known_labels
+from .features import is_out_of_memory
+from .immune.consensus import class_affinity, count_votes, rank_by_affinity, tie_break, top_count
 from .immune.maturation import (
     Schedule,
     check_alive,
@@ -46,7 +41,10 @@ from .immune.maturation import (
     mature,
     mutation_steps,
 )
+from .immune.random import draw_seed, generation_uniforms
 from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
+from .neighbors.affinity import affinity_to
+from .neighbors.index import ClassNeighbors, merge_flocks, scale_of_affinity
 
 # Random numbers for so many elements of cells are kept for the next block of rows.
 CACHED_NUMBERS = 8 * 2**20
@@ -62,7 +60,7 @@ POPULATIONS_HELD = 6
 CPU_BYTES = 32 * 2**20
 
 
-class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
+class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator):
     """Robust predictions from a fitted network by affinity maturation (RAILS).
 
     For each input, the nearest training examples of every class in a hidden layer are cloned into
@@ -388,7 +386,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         vars(self).pop("_rows", None)
         if self.start_layer is not None:  # else the samples are the cells
             self._rows = X
-        self._cells = self._features.start(X)
+        self._cells = self._features.embed_cells(X)
         self._domain = find_domain(self._cells, self.clip)
         self._index_samples(X)
         if self.tau == "scale":
@@ -419,7 +417,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         for layer in self.layers_:
             neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs, self.storage)
             self.neighbors_[layer] = neighbors.begin(self._y, len(self.classes_))
-        for rows in self._features.row_blocks(len(X)):
+        for rows in block_slices(len(X), self._features.row_bytes, self._features.device):
             for layer, features in self._features(X[rows]).items():
                 self.neighbors_[layer].put(rows, features)
         self.n_neighbors_ = np.array([min(self.n_neighbors, n) for n in neighbors.n_samples_])
@@ -504,7 +502,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
                 found += [-affinity.cpu().numpy(), index.cpu().numpy()]
             return found
 
-        found = fitted._features.map_blocks(flock, len(X))
+        found = map_blocks(flock, len(X), fitted._features.row_bytes, fitted._features.device)
         distances = dict(zip(fitted.layers_, found[::2], strict=True))
         indices = dict(zip(fitted.layers_, found[1::2], strict=True))
         return distances, indices
@@ -620,10 +618,10 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
                 ("plasma", self.plasma_fraction),
                 ("memory", self.memory_fraction),
             ):
-                best = ranking[:, : n_elite(fraction, self.population_size)]
+                best = ranking[:, : top_count(fraction, self.population_size)]
                 cells = population.cells[torch.arange(len(best), device=best.device)[:, None], best]
                 labels = population.labels.gather(1, best).cpu().numpy()
-                by_layer[kind][layer] = cells.unflatten(2, self._features.start_shape).cpu().numpy()
+                by_layer[kind][layer] = cells.unflatten(2, self._features.cell_shape).cpu().numpy()
                 by_layer[f"{kind}_labels"][layer] = self.classes_[labels]
                 by_layer[f"{kind}_affinity"][layer] = (
                     population.affinity.gather(1, best).cpu().numpy()
@@ -646,7 +644,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
             generations=self.generations,
             selection=self.selection,
             crossover=self.crossover,
-            n_plasma=n_elite(self.plasma_fraction, self.population_size),
+            n_plasma=top_count(self.plasma_fraction, self.population_size),
             early_stopping=self.early_stopping,
         )
         bank = self._cells
@@ -692,13 +690,13 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         flock = neighbors.kneighbors(features, k, self._recall(layer))
         affinity, index = remembered.kneighbors(features, k)
         index = torch.where(index < 0, index, index + len(self._y))
-        return join_flocks(flock, (affinity, index), k)
+        return merge_flocks(flock, (affinity, index), k)
 
     def _recall(self, layer):
         """Give what computes training features anew, if they are not kept in full precision."""
         if self.storage != "float16":
             return None
-        return lambda index: self._features.from_start(self._cells[index], layer)
+        return lambda index: self._features.features_of_cells(self._cells[index], layer)
 
     def _comparison(self):
         return {
@@ -709,7 +707,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
     def _measure_against(self, antigens, layer):
         def measure(cells, rows):
             present = antigens.index_select(0, rows)
-            return self._features.compare_cells(cells, layer, present, **self._comparison())
+            return self._features.affinities(cells, layer, present, **self._comparison())
 
         return measure
 
@@ -734,8 +732,8 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, SharesNetwork):
         return self._draws.setdefault(key, draw)
 
     def _vote(self, layer, flocked, population):
-        ranking = fittest(population.affinity, self.population_size)
-        plasma = ranking[:, : n_elite(self.plasma_fraction, self.population_size)]
+        ranking = rank_by_affinity(population.affinity, self.population_size)
+        plasma = ranking[:, : top_count(self.plasma_fraction, self.population_size)]
         votes = count_votes(population.labels.gather(1, plasma), len(self.classes_))
         best = class_affinity(population.affinity, population.labels, flocked)
         return votes, tie_break(best, self.tau_[layer]), ranking

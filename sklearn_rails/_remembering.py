@@ -8,16 +8,12 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from ._base import restore_on_error, validate_rows
 from ._compat import fit_context
-from ._validation import (
-    check_known_labels,
-    restore_on_error,
-    validate_labels,
-    validate_rows,
-)
-from .immune.flocking import ClassNeighbors
+from ._validation import check_known_labels, validate_labels
 from .immune.memory import MemoryBank
 from .immune.response import ImmuneResponse
+from .neighbors.index import ClassNeighbors
 
 
 class Remembers:
@@ -149,7 +145,7 @@ class Remembers:
         return self._forget()
 
     def _forget(self):
-        shape = self._features.start_shape
+        shape = self._features.cell_shape
         self.memory_ = {
             layer: MemoryBank(self.memory_capacity, len(self.classes_), shape)
             for layer in self.layers_
@@ -174,7 +170,7 @@ class Remembers:
         for layer, bank in self.memory_.items():
             if len(bank):
                 cells = self._features.to_device(bank.cells).flatten(1)
-                features = self._features.from_start(cells, layer)
+                features = self._features.features_of_cells(cells, layer)
                 neighbors = ClassNeighbors(self.affinity)
                 self._remembered[layer] = neighbors.fit(features, bank.labels, len(self.classes_))
 
@@ -184,7 +180,7 @@ class Remembers:
             raise TypeError(f"response must be what respond gave, got {type(response).__name__}.")
         if not isinstance(confidence, Real) or not 0 <= confidence <= 1:
             raise ValueError(f"confidence={confidence!r} must be between 0 and 1.")
-        shape = self._features.start_shape
+        shape = self._features.cell_shape
         fits = set(response.memory) == set(self.layers_) and all(
             response.memory[layer].shape[2:] == shape
             and np.isin(response.memory_labels[layer], self.classes_).all()

@@ -5,10 +5,11 @@ import reprlib
 import numpy as np
 import torch
 
+from ._blocks import map_blocks
 from ._conformal import conformal_p_values, sample_rows, warn_of_few_rows
-from .immune.conformity import disagreement
-from .immune.consensus import count_votes, fittest, n_elite, tie_break
-from .immune.flocking import flock_without_own
+from .immune.consensus import count_votes, rank_by_affinity, tie_break, top_count
+from .neighbors.index import kneighbors_leave_one_out
+from .neighbors.votes import class_margin
 
 # Training rows by which the network's labels are judged: enough for a rate of 5 % to be met within
 # a point (one standard deviation 0.7).
@@ -22,8 +23,11 @@ class SettlesRows:
         """Give scores without any breeding, for which rows it is needed, and why."""
         if self.triage:
             alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
-            (scores,) = self._features.map_blocks(
-                lambda block: [self._count_flock(rows[block])], len(rows)
+            (scores,) = map_blocks(
+                lambda block: [self._count_flock(rows[block])],
+                len(rows),
+                self._features.row_bytes,
+                self._features.device,
             )
             return scores, alarms, None
         scores, p_values = self._arbitrate(rows)
@@ -31,11 +35,11 @@ class SettlesRows:
 
     def _count_flock(self, X):
         """Let the fittest flocked neighbours vote."""
-        n_plasma = n_elite(self.plasma_fraction, self.population_size)
+        n_plasma = top_count(self.plasma_fraction, self.population_size)
         votes, ties = 0, 0
         for layer, features in self._features(X).items():
             flocked, _ = self._flock(features, layer)
-            best = fittest(flocked.flatten(1), n_plasma)
+            best = rank_by_affinity(flocked.flatten(1), n_plasma)
             there = flocked.flatten(1).gather(1, best) > -torch.inf
             # A class beyond the last takes the votes of neighbours that are not there.
             classes = torch.where(there, best // flocked.shape[2], len(self.classes_))
@@ -45,7 +49,7 @@ class SettlesRows:
 
     def _arbitrate(self, X):
         """Give the scores with which the network's labels stand, and the labels' p-values."""
-        n_plasma = n_elite(self.plasma_fraction, self.population_size)
+        n_plasma = top_count(self.plasma_fraction, self.population_size)
 
         def arbitrate(block):
             labels = self._network_labels(X[block])
@@ -55,12 +59,12 @@ class SettlesRows:
             against, ties = 0, 0
             for layer, features in self._features(X[block]).items():
                 flocked, _ = self._flock(features, layer)
-                against = against + disagreement(flocked, labels) / self.tau_[layer]
+                against = against + class_margin(flocked, labels) / self.tau_[layer]
                 ties = ties + tie_break(flocked[..., 0], self.tau_[layer])
             p_values = conformal_p_values(against.cpu().numpy(), self._calibration)
             return self._join_votes(votes, ties), p_values
 
-        return self._features.map_blocks(arbitrate, len(X))
+        return map_blocks(arbitrate, len(X), self._features.row_bytes, self._features.device)
 
     def _check_triage(self):
         if self.arbitration is not None:
@@ -83,8 +87,11 @@ class SettlesRows:
             f"rows to judge by, but there are {len(own)}: all labels of the network will stand. "
             "Take a larger value, or more training rows (1,000 are used at most).",
         )
-        (against,) = self._features.map_blocks(
-            lambda block: [self._disagreement_without_own(X, own[block])], len(own)
+        (against,) = map_blocks(
+            lambda block: [self._disagreement_without_own(X, own[block])],
+            len(own),
+            self._features.row_bytes,
+            self._features.device,
         )
         return np.sort(against)
 
@@ -92,14 +99,14 @@ class SettlesRows:
         """Score the network's labels of training rows, each left out of its own neighbours."""
         labels, against = self._network_labels(X[own]), 0
         for layer, features in self._features(X[own]).items():
-            flocked = flock_without_own(
+            flocked = kneighbors_leave_one_out(
                 self.neighbors_[layer],
                 torch.from_numpy(own).to(self.device_),
                 features,
                 self.n_neighbors,
                 self._recall(layer),
             )
-            against = against + disagreement(flocked, labels) / self.tau_[layer]
+            against = against + class_margin(flocked, labels) / self.tau_[layer]
         return against.cpu().numpy()
 
     def _check_outputs(self, X):

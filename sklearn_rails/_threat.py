@@ -9,6 +9,16 @@ from numpy.typing import ArrayLike
 from sklearn.base import OneToOneFeatureMixin, OutlierMixin, TransformerMixin
 from sklearn.utils import check_random_state
 
+from ._base import (
+    NEIGHBORS_ARE_STALE,
+    NETWORK_CONSTRAINTS,
+    NetworkEstimator,
+    as_fitted,
+    prepare_fit,
+    restore_on_error,
+    validate_rows,
+)
+from ._blocks import map_blocks
 from ._compat import Interval, StrOptions, fit_context
 from ._conformal import (
     MAX_EVIDENCE,
@@ -18,9 +28,7 @@ from ._conformal import (
     sample_rows,
     warn_of_few_rows,
 )
-from ._validation import NEIGHBORS_ARE_STALE, as_fitted, restore_on_error, validate_rows
-from .features import NETWORK_CONSTRAINTS, SharesNetwork, prepare_fit
-from .immune.sensing import ABOUT_ANSWERS, ABOUT_LABELS, SENSORS, CleanRows, NewRows
+from .sensing.detectors import NEEDS_LABELS, NEEDS_OUTPUTS, SENSORS, CleanSamples, Query
 
 # Rows that calibrate, each left out of its own neighbours: enough for a false-alarm rate of 5 %
 # to be met within a third of a point (one standard deviation).
@@ -33,7 +41,7 @@ MAX_CALIBRATION_ROWS = 5000
 MAX_NEIGHBOR_SHARE = 0.25
 
 
-class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
+class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     """How suspect an input is, judged by clean data alone.
 
     The sensing step of RAILS as an outlier detector and a transformer. Scores of clean rows, each
@@ -225,7 +233,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             the device is not there. The estimator is then as it was before.
         """
         self.methods_ = self._check_methods()
-        needs_output = y is None or bool(set(self.methods_) & {*ABOUT_LABELS, *ABOUT_ANSWERS})
+        needs_output = y is None or bool(set(self.methods_) & {*NEEDS_LABELS, *NEEDS_OUTPUTS})
         X, y = prepare_fit(self, X, y, network=self.feature_extractor, with_output=needs_output)
         if len(X) < 2:
             raise ValueError(f"{type(self).__name__} needs 2 rows or more, got n_samples={len(X)}.")
@@ -236,7 +244,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
 
         labels, self._n_classes = self._find_classes(X, y)
         features = self._features(X)
-        clean = CleanRows(X, features, labels, self._n_classes, self.n_neighbors_, self._features)
+        clean = CleanSamples(
+            X, features, labels, self._n_classes, self.n_neighbors_, self._features
+        )
         self._sensors = [SENSORS[method](clean) for method in self.methods_]
         rng = check_random_state(self.random_state)
         own = sample_rows(len(X), MAX_CALIBRATION_ROWS, rng)
@@ -246,7 +256,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
             here = {layer: f[rows] for layer, f in features.items()}
             return self._sense(X[rows], here, self._outputs(X[rows]), rows)
 
-        self._calibrate(self._features.map_blocks(sense, len(own)), rng)
+        self._calibrate(
+            map_blocks(sense, len(own), self._features.row_bytes, self._features.device), rng
+        )
         return self
 
     def fit_predict(
@@ -365,7 +377,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
         return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
 
     def _check_network(self, X):
-        about = [m for m in self.methods_ if m in ABOUT_ANSWERS]
+        about = [m for m in self.methods_ if m in NEEDS_OUTPUTS]
         if about and not self._features.has_network:
             raise ValueError(
                 f"method={self.method!r}: {about[0]!r} is about a network's answers, but there is "
@@ -385,7 +397,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
     def _find_classes(self, X, y):
         if y is not None:
             classes, labels = np.unique(y, return_inverse=True)
-            if self._features.has_network and set(self.methods_) & set(ABOUT_LABELS):
+            if self._features.has_network and set(self.methods_) & set(NEEDS_LABELS):
                 self._features.check_outputs(X, len(classes), f"method={self.method!r}")
             return labels, len(classes)
         if not self._features.has_network:
@@ -395,14 +407,14 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
 
     def _outputs(self, X, *, check_finite=True):
         """Return the network's outputs, or None if no method is about them."""
-        about_outputs = set(self.methods_) & {*ABOUT_LABELS, *ABOUT_ANSWERS}
+        about_outputs = set(self.methods_) & {*NEEDS_LABELS, *NEEDS_OUTPUTS}
         if not about_outputs or not self._features.has_network:
             return None
         return self._features.outputs(X, check_finite=check_finite)
 
     def _sense(self, X, features, outputs, own=None):
         """Return every method's raw scores: a list of arrays (n, n_scores)."""
-        rows = NewRows(X, features, self._features, own)
+        rows = Query(X, features, self._features, own)
         if outputs is not None:
             rows.outputs = outputs
             # With one class, both labels of a single output are that class.
@@ -429,7 +441,12 @@ class ThreatScorer(TransformerMixin, OutlierMixin, SharesNetwork):
 
     def _weigh(self, X):
         return self._evidence(
-            self._features.map_blocks(lambda block: self._sense_new(X[block]), len(X))
+            map_blocks(
+                lambda block: self._sense_new(X[block]),
+                len(X),
+                self._features.row_bytes,
+                self._features.device,
+            )
         )
 
     def _evidence(self, scores):

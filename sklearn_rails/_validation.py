@@ -1,6 +1,5 @@
 """Checks that the estimators share: samples and labels, and fits that fail without a trace."""
 
-import functools
 import math
 import sys
 from numbers import Integral
@@ -8,11 +7,10 @@ from numbers import Integral
 import numpy as np
 import torch
 from scipy.sparse import issparse
-from sklearn.utils import check_array, check_random_state, get_tags
+from sklearn.utils import check_array, get_tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
     check_consistent_length,
-    check_is_fitted,
     column_or_1d,
     validate_data,
 )
@@ -21,100 +19,6 @@ DTYPE_OF = {"float32": np.float32, "float64": np.float64}
 
 # Kept as they are for a network that may take them: token ids must not pass through float32.
 INTEGER_DTYPES = [np.dtype(code) for code in "bhilqBHILQ"]
-
-# Parameters that decide how predictions are computed, and not what they are. These alone act at
-# once when they are set after fit.
-EXECUTION_PARAMETERS = ("n_jobs", "verbose")
-
-# Parameters that only fit reads.
-FIT_PARAMETERS = (
-    "algorithm",
-    "calibration",
-    "feature_extractor",
-    "module",
-    "random_state",
-    "threat_scorer",
-)
-
-
-# What a network that has changed since fit does to estimators that compare with training samples.
-NEIGHBORS_ARE_STALE = "the features of the training samples are those of the network as it was."
-
-
-def restore_on_error(method):
-    """Restore the estimator's attributes and random state if the decorated method raises.
-
-    The method works on a shallow copy, whose new attributes the estimator takes over when it is
-    done; meanwhile the estimator is its ``_original``. ``fit`` keeps the parameters that it ran
-    with for :func:`as_fitted`.
-
-    Parameters
-    ----------
-    method : callable
-        A method that returns the estimator.
-
-    Returns
-    -------
-    callable
-    """
-
-    @functools.wraps(method)
-    def wrapped(self, *args, **kwargs):
-        names = self.get_params(deep=False)
-        params = {name: plain_scalar(value) for name, value in names.items()}
-        if method.__name__ != "fit":
-            params |= getattr(self, "_fitted_params", {})
-        work = self._with(params)
-        work._original = self
-        rng = params.get("random_state")
-        # Seeds draw nothing from it, and what is no random state at all is named by the method.
-        rng = check_random_state(rng if isinstance(rng, np.random.RandomState) else None)
-        state = rng.get_state(legacy=False)
-        try:
-            method(work, *args, **kwargs)
-        except BaseException:
-            rng.set_state(state)
-            raise
-        if method.__name__ == "fit":
-            used = set(names) - set(FIT_PARAMETERS) - set(EXECUTION_PARAMETERS)
-            work._fitted_params = {name: params[name] for name in used}
-        vars(work).pop("_original", None)
-        learned = {name: value for name, value in vars(work).items() if name not in names}
-        for name in set(vars(self)) - set(learned) - set(names):
-            delattr(self, name)
-        vars(self).update(learned)
-        return self
-
-    return wrapped
-
-
-def as_fitted(estimator, *, consequence=None):
-    """Return an estimator as its last fit made it, whatever has been set since.
-
-    Parameters
-    ----------
-    estimator : estimator
-    consequence : str, default=None
-        What it means for the estimator if its network has changed since fit, for a warning.
-
-    Returns
-    -------
-    estimator
-        A view that shares the fitted attributes.
-
-    Raises
-    ------
-    sklearn.exceptions.NotFittedError
-        If the estimator is not fitted.
-    """
-    check_is_fitted(estimator)
-    estimator._features.follow_network(consequence=consequence)
-    execution = {
-        name: plain_scalar(getattr(estimator, name))
-        for name in EXECUTION_PARAMETERS
-        if hasattr(estimator, name)
-    }
-    return estimator._with(estimator._fitted_params | execution)
 
 
 def find_user_level():
@@ -170,13 +74,13 @@ def validate_fit_rows(estimator, X, y=None, *, input_shape, keep_integers=False)
         If X, y or ``input_shape`` does not fit.
     """
     wanted = _check_shape(input_shape)
-    flat, shape = _flatten(X)
+    flat, shape = flatten(X)
     if wanted is not None and len(shape) > 1 and shape != wanted:
         raise ValueError(
             f"input_shape={wanted} was given, but the samples of X have shape {shape}."
-            + _shape_hint(flat, shape, wanted)
+            + shape_hint(flat, shape, wanted)
         )
-    flat, y = _validate_flat(estimator, flat, y, reset=True, keep_integers=keep_integers)
+    flat, y = validate_flat(estimator, flat, y, reset=True, keep_integers=keep_integers)
     if wanted is not None and math.prod(wanted) != flat.shape[1]:
         raise ValueError(
             f"input_shape={wanted} holds {math.prod(wanted)} values a sample, but X has "
@@ -184,48 +88,6 @@ def validate_fit_rows(estimator, X, y=None, *, input_shape, keep_integers=False)
         )
     estimator.input_shape_ = wanted or (shape if len(shape) > 1 else (flat.shape[1],))
     return flat, y
-
-
-def validate_rows(estimator, X):
-    """Check samples for a fitted estimator.
-
-    Parameters
-    ----------
-    estimator : fitted estimator
-    X : array-like of shape (n, n_features) or (n, *input_shape_), or torch.Tensor
-
-    Returns
-    -------
-    ndarray, or torch.Tensor if it came on a GPU, of shape (n, n_features)
-
-    Raises
-    ------
-    TypeError, ValueError
-        If X has another shape than the training samples, or holds NaN or infinity.
-    """
-    flat, shape = _flatten(X)
-    expected = estimator.input_shape_
-    hint = _shape_hint(flat, shape, expected)
-    if len(shape) > 1 and shape != expected:
-        raise ValueError(
-            f"X has samples of shape {shape}, but {type(estimator).__name__} was fitted on samples "
-            f"of shape {expected}.{hint}"
-        )
-    features = getattr(estimator, "_features", None)
-    takes_integers = features is not None and features.integer_input
-    try:
-        rows = _validate_flat(estimator, flat, None, reset=False, keep_integers=takes_integers)[0]
-    except ValueError as error:
-        raise (ValueError(f"{error}{hint}") if hint else error) from None
-    if takes_integers and not (rows == rows.round()).all():
-        raise ValueError(
-            f"X must hold integers, as the network of {type(estimator).__name__} takes them and "
-            "had them in fit; got other numbers."
-        )
-    if features is not None:
-        rows = features.cast(rows)
-        features.check_range(rows)
-    return rows
 
 
 def validate_labels(y):
@@ -281,7 +143,7 @@ def _check_shape(input_shape):
     return tuple(int(size) for size in sizes)
 
 
-def _shape_hint(X, shape, expected):
+def shape_hint(X, shape, expected):
     """Say what may be wrong with samples of another shape, or nothing."""
     given = (*X.shape[:1], *(shape or X.shape[1:])) if hasattr(X, "shape") else ()
     if len(expected) < 2 or shape == expected:
@@ -302,7 +164,7 @@ def _shape_hint(X, shape, expected):
     return ""
 
 
-def _flatten(X):
+def flatten(X):
     """Lay n-dimensional arrays and tensors out as rows; leave all else to scikit-learn."""
     if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):
         try:
@@ -386,7 +248,7 @@ def plain_labels(y):
     return (y.float() if y.dtype == torch.bfloat16 else y).numpy()
 
 
-def _validate_flat(estimator, X, y, *, reset, keep_integers):
+def validate_flat(estimator, X, y, *, reset, keep_integers):
     y_required = reset and get_tags(estimator).target_tags.required
     y = plain_labels(y)
     if isinstance(X, torch.Tensor):

@@ -223,13 +223,13 @@ def consensus(layers, n_classes):
     scores = []
     for c in range(n_classes):
         votes = 0
-        closeness = 0.0
+        tie_break = 0.0
         for layer in layers:
             for position in layer.plasma:
                 if layer.labels[position] == c:
                     votes += 1
             z = (layer.nearest[c] - sum(layer.nearest) / n_classes) / layer.tau
-            closeness += 0.25 * (1 + z / (1 + abs(z)))
-        scores.append(votes + closeness / len(layers))
+            tie_break += 0.25 * (1 + z / (1 + abs(z)))
+        scores.append(votes + tie_break / len(layers))
     total = sum(scores)
     return np.array(scores), np.array([score / total for score in scores])

@@ -256,7 +256,7 @@ def test_a_pickle_of_another_version_warns(task, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pickle.loads(saved)
-    monkeypatch.setattr("sklearn_rails.features.frozen.__version__", "9.9")
+    monkeypatch.setattr("sklearn_rails._base.__version__", "9.9")
     with pytest.warns(UserWarning, match=r"pickled by sklearn_rails .* loaded by 9\.9"):
         pickle.loads(saved)
 

@@ -11,12 +11,11 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
-from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
+from sklearn_rails import RAILSClassifier, TorchFeatureExtractor, _blocks
 from sklearn_rails._settling import spread_rows
 from sklearn_rails.demo import pgd
-from sklearn_rails.features import mapping
 from sklearn_rails.features.mapping import FeatureMap
-from sklearn_rails.immune.conformity import disagreement
+from sklearn_rails.neighbors.votes import class_margin
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
 
@@ -147,12 +146,12 @@ class Odd(nn.Module):
 
 def test_disagreement_by_hand():
     flocked = torch.tensor([[[-1.0, -3.0], [-2.0, -4.0], [-5.0, -torch.inf]]])
-    assert disagreement(flocked, torch.tensor([0])).item() == -1  # -2 against -3
-    assert disagreement(flocked, torch.tensor([1])).item() == 1
-    assert disagreement(flocked, torch.tensor([2])).item() == 3
+    assert class_margin(flocked, torch.tensor([0])).item() == -1  # -2 against -3
+    assert class_margin(flocked, torch.tensor([1])).item() == 1
+    assert class_margin(flocked, torch.tensor([2])).item() == 3
     flocked[0, 2] = -torch.inf
-    assert disagreement(flocked, torch.tensor([2])).item() == torch.inf
-    assert disagreement(flocked, torch.tensor([0])).item() == -1
+    assert class_margin(flocked, torch.tensor([2])).item() == torch.inf
+    assert class_margin(flocked, torch.tensor([0])).item() == -1
 
 
 def test_what_cannot_be_arbitrated_is_named(task):
@@ -213,13 +212,13 @@ def test_features_of_many_rows_are_never_held_at_once(task, monkeypatch):
     expected = rails.respond(new[:60]).p_values
     n_rows, features_of = [], FeatureMap.__call__
 
-    def counting(self, X, **kwargs):
+    def counting(self, X, *args, **kwargs):
         n_rows.append(len(X))
-        return features_of(self, X, **kwargs)
+        return features_of(self, X, *args, **kwargs)
 
     monkeypatch.setattr(FeatureMap, "__call__", counting)
-    row_bytes = rails._features._row_bytes
-    with config_context(working_memory=mapping.BLOCKS_HELD * 25 * row_bytes / 2**20):
+    row_bytes = rails._features.row_bytes
+    with config_context(working_memory=_blocks.BLOCKS_HELD * 25 * row_bytes / 2**20):
         assert_array_equal(rails._judge_training_rows(X.reshape(600, -1)), rails._calibration)
         assert_array_equal(rails._arbitrate(new[:60].reshape(60, -1))[1], expected)
     assert max(n_rows) == 25

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
-from sklearn_rails._random import generation_uniforms
 from sklearn_rails.features import mapping
-from sklearn_rails.immune.affinity import affinity_to
 from sklearn_rails.immune.maturation import Domain, Schedule, mature, mutation_steps
-from sklearn_rails.immune.sensing import SENSORS
+from sklearn_rails.immune.random import generation_uniforms
+from sklearn_rails.neighbors.affinity import affinity_to
+from sklearn_rails.sensing.detectors import SENSORS
 
 IMAGE = (1, 8, 8)
 SHAPE = (40, 64)
@@ -42,7 +42,7 @@ def breed(device, **changes):
     return mature(
         cells,
         torch.arange(40, device=device) // 4,
-        measure=lambda cells, rows: network.compare_cells(
+        measure=lambda cells, rows: network.affinities(
             cells,
             "conv2",
             antigens.index_select(0, rows),

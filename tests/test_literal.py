@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sklearn_rails import RAILSClassifier
-from sklearn_rails._random import generation_uniforms
+from sklearn_rails.immune.random import generation_uniforms
 
 N_FEATURES = 6
 CLASS_SIZES = {"bee": 20, "cat": 17, "dog": 3}  # the last has fewer than n_neighbors

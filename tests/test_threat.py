@@ -18,7 +18,7 @@ from torch import nn
 from sklearn_rails import RAILSClassifier, ThreatScorer
 from sklearn_rails.demo import train_network
 from sklearn_rails.features.mapping import FeatureMap
-from sklearn_rails.immune.sensing import SENSORS
+from sklearn_rails.sensing.detectors import SENSORS
 
 ANYWHERE = ["credibility", "distance", "kernel_density", "mahalanobis", "lid"]
 METHODS = [*ANYWHERE, ["credibility", "distance"], ANYWHERE]

@@ -13,14 +13,14 @@ from sklearn.utils import check_consistent_length, check_random_state
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
+from .._base import as_fitted, validate_rows
 from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
-from .._validation import as_fitted, validate_rows
 from ..features.device import RandomStateGuard
-from ..immune.flocking import ClassNeighbors
 from ..immune.maturation import find_domain
 from ..metrics._arrays import check_labels
+from ..neighbors.index import ClassNeighbors
 from ._views import NeighborsView, PopulationsView, ThreatView, soft_class_scores
 
 # Starting points of the restarts, in turn.

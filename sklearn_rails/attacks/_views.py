@@ -5,12 +5,12 @@ import torch
 from sklearn.frozen import FrozenEstimator
 from torch.nn.functional import normalize, pad
 
-from .._random import draw_seed
 from .._threat import ThreatScorer
-from ..immune.affinity import affinity_to
-from ..immune.consensus import fittest
-from ..immune.flocking import ClassNeighbors
-from ..immune.sensing import soft_labels
+from ..immune.consensus import rank_by_affinity
+from ..immune.random import draw_seed
+from ..neighbors.affinity import affinity_to
+from ..neighbors.index import ClassNeighbors
+from ..sensing.detectors import soft_labels
 
 
 def soft_class_scores(affinity, members, there, origin, scale):
@@ -296,7 +296,7 @@ class PopulationsView:
         for layer, features in rails._features(rows).items():
             index = rails._flock(features, layer)[1][..., : self._n_references]
             cells = rails._find_cells(index.clamp(min=0), layer)
-            members = rails._features.from_start(cells.flatten(0, 2), layer)
+            members = rails._features.features_of_cells(cells.flatten(0, 2), layer)
             flocked[layer] = members.reshape(*index.shape, -1), index >= 0
         return flocked
 
@@ -307,7 +307,7 @@ class PopulationsView:
         classes = torch.arange(n_classes, device=neighbors.device)[:, None]
         of_class = population.labels[:, None] == classes
         affinity = population.affinity[:, None].masked_fill(~of_class, -torch.inf)
-        places = fittest(affinity.flatten(0, 1), k).reshape(n_rows, n_classes, -1)
+        places = rank_by_affinity(affinity.flatten(0, 1), k).reshape(n_rows, n_classes, -1)
         there = affinity.gather(2, places) > -torch.inf
         rows = torch.arange(n_rows, device=neighbors.device)[:, None, None]
         cells = population.cells[rows, places]
@@ -317,7 +317,7 @@ class PopulationsView:
         cells = torch.where(
             died_out[..., None], rails._find_cells(index.clamp(min=0), layer), cells
         )
-        features = rails._features.from_start(cells.flatten(0, 2), layer)
+        features = rails._features.features_of_cells(cells.flatten(0, 2), layer)
         return features.reshape(n_rows, n_classes, -1, features.shape[1]), there
 
     def scales(self, rows):

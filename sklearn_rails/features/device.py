@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from sklearn import get_config
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -53,23 +52,6 @@ def resolve_device(device):
     elif resolved.type != "cpu":
         raise ValueError(_complaint(device, "devices of this kind are not supported"))
     return resolved
-
-
-def memory_budget(device):
-    """Say how much memory populations may take on a device.
-
-    Parameters
-    ----------
-    device : torch.device
-
-    Returns
-    -------
-    int
-        Bytes: scikit-learn's ``working_memory``, or half of what is free on a CUDA device.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return int(get_config()["working_memory"] * 2**20)
 
 
 def keep_freed_memory():

@@ -3,18 +3,15 @@
 import io
 import sys
 import types
-import warnings
 import weakref
 
 import cloudpickle
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .._version import __version__
 from .copying import checksum, plain_module
 
 # module -> (checksum, blob). The same array object is returned until the network changes, so that
@@ -231,64 +228,3 @@ def _is_skorch_net(value):
     # Importing skorch costs a second; a value can be its net only if somebody has done so.
     skorch = sys.modules.get("skorch")
     return skorch is not None and isinstance(value, skorch.NeuralNet)
-
-
-class SharesNetwork(BaseEstimator):
-    """Clone, pickle and print an estimator without copying or printing a bare network.
-
-    Holds little else: what estimators have in common beyond this stands in functions.
-    """
-
-    @property
-    def device_(self):
-        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
-        return self._features.device
-
-    def __sklearn_clone__(self):
-        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
-        twin = self._with(dict.fromkeys(networks))
-        clone = super(SharesNetwork, twin).__sklearn_clone__()
-        return clone._with(networks)
-
-    def __getstate__(self):
-        state = super().__getstate__()
-        if state is vars(self):
-            state = dict(state)
-        bare = [k for k, v in self.get_params(deep=False).items() if is_network(v)]
-        # A skorch net comes back frozen: its optimizer and callbacks are not needed to predict.
-        state["_bare_networks"] = [k for k in bare if isinstance(state[k], nn.Module)]
-        state["_sklearn_rails_version"] = __version__
-        return {**state, **{k: freeze(state[k]) for k in bare}}
-
-    def __setstate__(self, state):
-        state = dict(state)
-        version = state.pop("_sklearn_rails_version", "of an unknown version")
-        if version != __version__:
-            warnings.warn(
-                f"This {type(self).__name__} was pickled by sklearn_rails {version} and is loaded "
-                f"by {__version__}, which may compute something else or fail: fit it again.",
-                stacklevel=2,
-            )
-        bare = state.pop("_bare_networks", ())
-        super().__setstate__({**state, **{k: state[k].module for k in bare}})
-
-    def __repr__(self, N_CHAR_MAX=700):
-        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
-        shown = self._with({k: _Shown(v) for k, v in networks.items()})
-        return super(SharesNetwork, shown).__repr__(N_CHAR_MAX)
-
-    def _with(self, params):
-        """Make a shallow copy with other values for some parameters."""
-        copy = object.__new__(type(self))
-        vars(copy).update(vars(self), **params)
-        return copy
-
-
-class _Shown:
-    """Print a network by its class alone."""
-
-    def __init__(self, network):
-        self.network = network
-
-    def __repr__(self):
-        return f"<{type(self.network).__name__}>"

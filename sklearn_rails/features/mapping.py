@@ -9,7 +9,6 @@ import weakref
 
 import numpy as np
 import torch
-from sklearn.utils import gen_batches
 
 from .._validation import find_user_level
 from .batching import (
@@ -28,7 +27,6 @@ from .device import (
     RandomStateGuard,
     is_out_of_memory,
     keep_freed_memory,
-    memory_budget,
     random_state_of,
     resolve_device,
     same_random_state,
@@ -36,13 +34,6 @@ from .device import (
 )
 from .frozen import freeze
 from .truncation import COMPANY_TOLERANCE, LayerError, TruncatedNetwork
-
-# Arrays of a block's features that are held at a time, the copies that a neighbour search makes
-# and the gaps between freed ones included.
-BLOCKS_HELD = 8
-
-# Samples of a block at most: more of them gain nothing.
-MAX_BLOCK = 1024
 
 # Samples among which the two are chosen that the network is tried on.
 PROBED_SAMPLES = 100
@@ -87,7 +78,7 @@ class FeatureMap:
     device, dtype, batch_size
         As the estimators take them.
     start_layer : str, default=None
-        The layer that :meth:`start` runs to and populations live in.
+        The layer that :meth:`embed_cells` runs to and populations live in.
     parameter : str, default="feature_extractor"
         What the network was given as, for the errors.
 
@@ -143,7 +134,7 @@ class FeatureMap:
         self.start_layer = start_layer
         if start_layer is not None:
             self._network.resolve_layers(start_layer, "start_layer")
-        self.start_shape = self.input_shape
+        self.cell_shape = self.input_shape
 
     @property
     def dtype(self):
@@ -300,11 +291,11 @@ class FeatureMap:
                     raise error
             raise ValueError(self._explain(errors)) from errors[0]
         if self.start_layer is not None:
-            self.start_shape = tuple(outputs[self.start_layer].shape[1:])
+            self.cell_shape = tuple(outputs[self.start_layer].shape[1:])
         self._max_trial_seconds = max(TRIAL_SECONDS, TRIAL_SHARE * len(X) * self._seconds_per_row)
         self.n_features_out = sum(outputs[name][0].numel() for name in self.layers)
         self._probe, self._probed = x.cpu().numpy(), self._probe_features(outputs)
-        self._row_bytes = self.n_features_out * self.dtype.itemsize
+        self.row_bytes = self.n_features_out * self.dtype.itemsize
 
     def _input_kinds(self, X):
         """Return whether to try integers and floats, in turn; each network takes what it takes."""
@@ -460,12 +451,14 @@ class FeatureMap:
                 f"{low:g} to {high:g}. Is it scaled as the training data are?",
             )
 
-    def __call__(self, X, *, check_finite=True):
-        """Compute every layer's features.
+    def __call__(self, X, layers=None, *, check_finite=True):
+        """Compute layers' features, all of them in one pass.
 
         Parameters
         ----------
         X : ndarray or torch.Tensor of shape (n, n_features)
+        layers : sequence of str, default=None
+            None takes the map's own.
         check_finite : bool, default=True
             Raise an error where the network gives NaN or infinity.
 
@@ -478,47 +471,7 @@ class FeatureMap:
         ValueError
             If a feature is not finite, with ``check_finite``.
         """
-        return self._collect(X, self.layers, check_finite=check_finite)
-
-    def row_blocks(self, n_samples):
-        """Split samples into blocks whose features fit into scikit-learn's ``working_memory``.
-
-        Parameters
-        ----------
-        n_samples : int
-
-        Returns
-        -------
-        list of slice
-        """
-        size = max(1, memory_budget(self.device) // (BLOCKS_HELD * self._row_bytes))
-        return list(gen_batches(n_samples, min(size, MAX_BLOCK)))
-
-    def map_blocks(self, compute, n_samples):
-        """Compute arrays block by block, within scikit-learn's ``working_memory``.
-
-        The arrays are allocated once: small ones that stay between large ones that go would
-        fragment the heap, so that memory grows with the number of blocks.
-
-        Parameters
-        ----------
-        compute : callable
-            Takes a slice of the samples and returns a sequence of arrays, one row a sample.
-        n_samples : int
-
-        Returns
-        -------
-        list of ndarray
-            The arrays for all samples.
-        """
-        whole = None
-        for block in self.row_blocks(n_samples):
-            parts = compute(block)
-            if whole is None:
-                whole = [np.empty((n_samples, *part.shape[1:]), part.dtype) for part in parts]
-            for array, part in zip(whole, parts, strict=True):
-                array[block] = part
-        return whole
+        return self._collect(X, layers or self.layers, check_finite=check_finite)
 
     @property
     def output(self):
@@ -542,7 +495,7 @@ class FeatureMap:
         with self._guard():
             return self._run(X.reshape(len(X), *self.input_shape), layers or self.layers)
 
-    def start(self, X):
+    def embed_cells(self, X):
         """Give the output of the start layer, or the rows themselves where there is none.
 
         Parameters
@@ -557,7 +510,7 @@ class FeatureMap:
             return self.to_device(X)
         return self._collect(X, (self.start_layer,))[self.start_layer]
 
-    def from_start(self, cells, layer):
+    def features_of_cells(self, cells, layer):
         """Run cells from the start layer to another, as :meth:`__call__` runs rows.
 
         Parameters
@@ -632,7 +585,7 @@ class FeatureMap:
                 f"sorted classes, but it has {n_outputs} outputs and y has {n_classes} classes."
             )
 
-    def compare_cells(self, cells, layer, antigens, compare, *, any_order):
+    def affinities(self, cells, layer, antigens, compare, *, any_order):
         """Run populations from the start layer to another, and compare what comes out.
 
         Parameters
@@ -670,7 +623,7 @@ class FeatureMap:
             return antigens.unflatten(1, shape).movedim(1, 3).flatten(1)
 
         def compare_tile(tile, rows, n_columns):
-            batch = tile.reshape(-1, *self.start_shape)
+            batch = tile.reshape(-1, *self.cell_shape)
             n_tile = len(batch)
             if layout.exact:
                 batch = fill_up(batch, layout.batch_size)
@@ -699,7 +652,7 @@ class FeatureMap:
         ----------
         layer : str
         compare, any_order
-            As :meth:`compare_cells` takes them.
+            As :meth:`affinities` takes them.
 
         Returns
         -------
@@ -710,7 +663,7 @@ class FeatureMap:
                 self._layouts[layer] = self._fixed_layout()
             else:
                 known = {} if self._module is None else _LAYOUTS.setdefault(self._module, {})
-                way = layer, self.start_layer, self.start_shape, str(self.device), self.dtype
+                way = layer, self.start_layer, self.cell_shape, str(self.device), self.dtype
                 if way not in known:
                     known[way] = self._measure_layout(layer, compare, any_order)
                 self._layouts[layer] = known[way]
@@ -732,14 +685,14 @@ class FeatureMap:
     @torch.no_grad()
     def _measure_layout(self, layer, compare, any_order):
         with self._guard():
-            rows = torch.zeros(2, *self.start_shape, device=self.device, dtype=self.dtype)
+            rows = torch.zeros(2, *self.cell_shape, device=self.device, dtype=self.dtype)
             outputs = self._network(rows, (layer,), self.start_layer)[layer]
             antigen = outputs[:1].reshape(1, -1)
             return fastest_layout(
                 lambda rows, layout: self._compare(
                     rows.flatten(1)[None], layer, antigen, compare, any_order, layout
                 ),
-                self.start_shape,
+                self.cell_shape,
                 device=self.device,
                 dtype=self.dtype,
                 max_seconds=self._max_trial_seconds,
@@ -747,7 +700,7 @@ class FeatureMap:
             )
 
     def _collect(self, X, layers, start=None, *, check_finite=True):
-        shape = self.input_shape if start is None else self.start_shape
+        shape = self.input_shape if start is None else self.cell_shape
         x = self.to_device(X).reshape(len(X), *shape)
         try:
             with torch.no_grad(), self._guard():

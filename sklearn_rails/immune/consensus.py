@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from .affinity import replace_non_finite
+from ..neighbors.affinity import replace_non_finite
 
 
-def n_elite(fraction, n_cells):
+def top_count(fraction, n_cells):
     """Count the cells in the top ``fraction`` of a population, at least one.
 
     Parameters
@@ -23,7 +23,7 @@ def n_elite(fraction, n_cells):
     return max(1, math.ceil(round(float(fraction) * int(n_cells), 9)))
 
 
-def fittest(affinity, n_fittest):
+def rank_by_affinity(affinity, n_fittest):
     """Rank the cells of highest affinity, ties by position.
 
     Parameters

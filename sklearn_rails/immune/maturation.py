@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from .affinity import replace_non_finite
+from ..neighbors.affinity import replace_non_finite
 from .consensus import unanimous_class
 
 # On a CPU cells of so many bytes are bred at a time, to stay in the caches between the operators.
@@ -393,7 +393,7 @@ def mature(
         n_features) of the rows whose positions are ``rows`` (m,).
     draw : callable
         ``draw(generation)``: a dict of the uniform numbers ``"first"``, ``"second"`` and
-        ``"cross"`` (see :func:`~sklearn_rails._random.generation_uniforms`), and of the
+        ``"cross"`` (see :func:`~sklearn_rails.immune.random.generation_uniforms`), and of the
         :func:`mutation_steps` ``"steps"``, on the cells' device.
     tau : float
     schedule : Schedule

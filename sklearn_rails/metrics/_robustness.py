@@ -21,8 +21,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
-from .._validation import validate_rows
-from ..features import TorchFeatureExtractor
+from .._base import validate_rows
+from .._extractor import TorchFeatureExtractor
 from ..features.frozen import as_module, freeze
 from ._arrays import as_numbers, check_labels, check_scores
 

@@ -14,9 +14,9 @@ from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.attacks._views import ThreatView, nearness_to
 from sklearn_rails.datasets import load_digit_images
 from sklearn_rails.demo import pgd, train_network
-from sklearn_rails.immune.affinity import affinity_to
-from sklearn_rails.immune.sensing import SENSORS
 from sklearn_rails.metrics import robust_accuracy_score
+from sklearn_rails.neighbors.affinity import affinity_to
+from sklearn_rails.sensing.detectors import SENSORS
 
 # What a few steps suffice for; the defaults are for evaluations.
 QUICK = {"max_iter": 30, "n_restarts": 3, "random_state": 0}

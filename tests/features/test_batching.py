@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn import config_context
 
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
+from sklearn_rails._blocks import block_slices
 from sklearn_rails.features.batching import (
     Layout,
     fastest_layout,
@@ -97,7 +98,7 @@ def test_blocks_of_features_fit_into_working_memory(digits):
     rails = RAILSClassifier(torch.nn.Linear(64, 1000), random_state=0).fit(X[:200], y[:200])
     expected = rails.kneighbors(X[200:300])
     with config_context(working_memory=0.1):
-        blocks = rails._features.row_blocks(100)
+        blocks = block_slices(100, rails._features.row_bytes, rails._features.device)
         found = rails.kneighbors(X[200:300])
     assert max(block.stop - block.start for block in blocks) * 4000 <= 0.1 * 2**20
     assert [range(100)[block] for block in blocks][-1].stop == 100

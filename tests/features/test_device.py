@@ -10,10 +10,10 @@ from sklearn import config_context
 from torch import nn
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier
+from sklearn_rails._blocks import memory_budget
 from sklearn_rails.features.device import (
     DeviceOutOfMemoryError,
     is_out_of_memory,
-    memory_budget,
     resolve_device,
 )
 

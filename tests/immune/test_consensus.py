@@ -6,24 +6,24 @@ from hypothesis import strategies as st
 from sklearn_rails.immune.consensus import (
     class_affinity,
     count_votes,
-    fittest,
-    n_elite,
+    rank_by_affinity,
     tie_break,
+    top_count,
     unanimous_class,
 )
 
 
 def test_the_elite_is_the_top_share_and_never_empty():
-    assert n_elite(0.05, 200) == 10
-    assert n_elite(0.05, 201) == 11
-    assert n_elite(0.07, 100) == 7
-    assert n_elite(0.05, 3) == 1
-    assert n_elite(1.0, 3) == 3
+    assert top_count(0.05, 200) == 10
+    assert top_count(0.05, 201) == 11
+    assert top_count(0.07, 100) == 7
+    assert top_count(0.05, 3) == 1
+    assert top_count(1.0, 3) == 3
 
 
 def test_ties_among_the_fittest_go_by_position():
     affinity = torch.tensor([[-1.0, -0.5, -1.0, -0.5, -2.0]])
-    assert fittest(affinity, 4).tolist() == [[1, 3, 0, 2]]
+    assert rank_by_affinity(affinity, 4).tolist() == [[1, 3, 0, 2]]
 
 
 def test_plasma_is_unanimous_or_not():
@@ -65,7 +65,7 @@ def test_the_term_does_not_level_off():
 def test_cells_without_an_affinity_come_last_and_do_not_vote():
     affinity = torch.tensor([[torch.nan, -1.0, -torch.inf, -2.0], [torch.nan] * 4])
     labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
-    assert fittest(affinity, 4)[0].tolist() == [1, 3, 0, 2]
+    assert rank_by_affinity(affinity, 4)[0].tolist() == [1, 3, 0, 2]
     assert unanimous_class(affinity, labels, 4).tolist() == [1, -1]
     flocked = torch.tensor([[[-4.0], [-3.0], [-torch.inf]]] * 2)
     assert class_affinity(affinity, labels, flocked).tolist() == [
@@ -76,8 +76,8 @@ def test_cells_without_an_affinity_come_last_and_do_not_vote():
 
 def test_a_fraction_of_any_number_type_counts_the_elite():
     for kind in (np.float16, np.float32, np.float64):
-        assert n_elite(kind(0.1), np.uint8(200)) in (20, 21)
-        assert n_elite(kind(1), 10**6) == 10**6
+        assert top_count(kind(0.1), np.uint8(200)) in (20, 21)
+        assert top_count(kind(1), 10**6) == 10**6
 
 
 @settings(deadline=None)

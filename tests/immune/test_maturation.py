@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from sklearn_rails._random import generation_uniforms
 from sklearn_rails.immune.consensus import unanimous_class
 from sklearn_rails.immune.maturation import (
     Domain,
@@ -20,6 +19,7 @@ from sklearn_rails.immune.maturation import (
     mutation_steps,
     select_parents,
 )
+from sklearn_rails.immune.random import generation_uniforms
 
 quick = settings(deadline=None, max_examples=50)
 SELECTIONS = st.sampled_from(["global", "class_balanced"])

@@ -2,7 +2,7 @@
 
 import torch
 
-from .flocking import drop_own
+from .index import drop_self
 
 
 def neighbor_votes(features, neighbors, labels, *, n_neighbors, n_classes, own=None):
@@ -26,11 +26,11 @@ def neighbor_votes(features, neighbors, labels, *, n_neighbors, n_classes, own=N
     -------
     votes : ndarray of shape (n, n_classes), float64
         Neighbours of each class, over all layers.
-    closeness : ndarray of shape (n, n_classes), float64
+    tie_break : ndarray of shape (n, n_classes), float64
         Mean over the layers of R / (r + R), with the distance r of the class's nearest neighbour
         and R of the k-th: from 1/2 to 1, and 0 where the class is not among the neighbours.
     """
-    votes, closeness = 0, 0
+    votes, tie_break = 0, 0
     for layer, queries in features.items():
         distance, index = nearest(neighbors[layer], queries, n_neighbors, own)
         distance = distance.cpu().to(torch.float64)
@@ -40,8 +40,8 @@ def neighbor_votes(features, neighbors, labels, *, n_neighbors, n_classes, own=N
         nearest_of_class = torch.full_like(counts, torch.inf)
         nearest_of_class.scatter_reduce_(1, classes, distance, "amin")
         scale = distance[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
-        closeness = closeness + scale / (nearest_of_class + scale) / len(features)
-    return votes.numpy(), closeness.numpy()
+        tie_break = tie_break + scale / (nearest_of_class + scale) / len(features)
+    return votes.numpy(), tie_break.numpy()
 
 
 def nearest(neighbors, queries, n_neighbors, own=None):
@@ -62,11 +62,11 @@ def nearest(neighbors, queries, n_neighbors, own=None):
     """
     affinity, index = neighbors.kneighbors(queries, n_neighbors + (own is not None))
     if own is not None:
-        affinity, index = drop_own(affinity, index, torch.as_tensor(own, device=index.device))
+        affinity, index = drop_self(affinity, index, torch.as_tensor(own, device=index.device))
     return -affinity[:, 0], index[:, 0]
 
 
-def disagreement(flocked, labels):
+def class_margin(flocked, labels):
     """Tell by how much another class's flock is nearer than that of the labels.
 
     Parameters

@@ -3,7 +3,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sklearn_rails.immune.affinity import affinity_to, norm, normalize_rows, replace_non_finite
+from sklearn_rails.neighbors.affinity import affinity_to, norm, normalize_rows, replace_non_finite
 
 SCALES = [1e-42, 1e-30, 1e-26, 1.0, 1e25, 1e30, 1e37]
 

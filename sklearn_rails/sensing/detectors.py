@@ -1,6 +1,6 @@
 """Sensing: raw threat scores by many methods, higher for more suspect.
 
-A sensor is made from :class:`CleanRows` and called with :class:`NewRows`. Its score of a row whose
+A sensor is made from :class:`CleanSamples` and called with :class:`Query`. Its score of a row whose
 features are not finite is infinite, never NaN: such a row is the most suspect of all.
 """
 
@@ -13,9 +13,9 @@ from scipy.ndimage import median_filter
 from torch.nn.functional import one_hot, pad
 
 from .._conformal import sample_rows
-from .affinity import norm
-from .conformity import disagreement, nearest
-from .flocking import ClassNeighbors, flock_without_own
+from ..neighbors.affinity import norm
+from ..neighbors.index import ClassNeighbors, kneighbors_leave_one_out
+from ..neighbors.votes import class_margin, nearest
 
 # The block of distances that is held at a time, in bytes.
 BLOCK_BYTES = 64 * 2**20
@@ -33,7 +33,7 @@ MAX_ROUNDING = 1e-9
 FAR_RATIO = 1e6
 
 
-class CleanRows:
+class CleanSamples:
     """The rows of ``fit``, as sensors learn from them.
 
     Parameters
@@ -93,7 +93,7 @@ class CleanRows:
         return sample_rows(len(self.X), n_rows, rng=0)
 
 
-class NewRows:
+class Query:
     """Rows that are to be judged; what several sensors ask about them is found once.
 
     Parameters
@@ -144,7 +144,7 @@ class NewRows:
         return self.network.label(self.outputs)
 
     def nearest(self, layer, neighbors, n_neighbors):
-        """Find the nearest clean rows, as :func:`~sklearn_rails.immune.conformity.nearest`."""
+        """Find the nearest clean rows, as :func:`~sklearn_rails.neighbors.votes.nearest`."""
         if layer not in self._nearest:
             features = self.features[layer]
             self._nearest[layer] = nearest(
@@ -153,7 +153,7 @@ class NewRows:
         return self._nearest[layer]
 
 
-class LoadsAnywhere:
+class PicklesToCPU:
     """Holds tensors, and is pickled with plain arrays in their place."""
 
     def __getstate__(self):
@@ -163,7 +163,7 @@ class LoadsAnywhere:
         vars(self).update({name: _to_tensors(value) for name, value in state.items()})
 
 
-class Sensor(LoadsAnywhere):
+class Sensor(PicklesToCPU):
     """What scores rows."""
 
     def __call__(self, rows):
@@ -171,7 +171,7 @@ class Sensor(LoadsAnywhere):
 
         Parameters
         ----------
-        rows : NewRows
+        rows : Query
 
         Returns
         -------
@@ -274,8 +274,8 @@ class Disagreement(Sensor):
                 flocked, _ = self._neighbors[layer].kneighbors(features, 1)
             else:
                 own = torch.from_numpy(rows.own).to(features.device)
-                flocked = flock_without_own(self._neighbors[layer], own, features, 1)
-            columns.append(disagreement(flocked.cpu().double(), rows.labels.cpu()))
+                flocked = kneighbors_leave_one_out(self._neighbors[layer], own, features, 1)
+            columns.append(class_margin(flocked.cpu().double(), rows.labels.cpu()))
         return torch.stack(columns, dim=1).numpy()
 
 
@@ -494,7 +494,7 @@ class Mahalanobis(Sensor):
         return squares.scatter(1, labels[:, None], own_class)
 
 
-class ShrunkWhitening(LoadsAnywhere):
+class ShrunkWhitening(PicklesToCPU):
     """Whitening by a shrunk covariance, whose shrinkage is that of Ledoit and Wolf (2004).
 
     The covariance is a share of a multiple of the identity, and the rest that of the residuals: it
@@ -628,5 +628,5 @@ SENSORS = {
     "lid": LocalIntrinsicDimensionality,
     "feature_squeezing": FeatureSqueezing,
 }
-ABOUT_LABELS = ("disagreement", "kernel_density")
-ABOUT_ANSWERS = ("disagreement", "feature_squeezing")
+NEEDS_LABELS = ("disagreement", "kernel_density")
+NEEDS_OUTPUTS = ("disagreement", "feature_squeezing")

@@ -58,7 +58,7 @@ class ClassNeighbors:
     Parameters
     ----------
     affinity : {"euclidean", "cosine", "inner_product"} or callable
-        See :func:`~sklearn_rails.immune.affinity.affinity_to`.
+        See :func:`~sklearn_rails.neighbors.affinity.affinity_to`.
     algorithm : {"auto", "brute", "kd_tree", "ball_tree"} or estimator, default="auto"
         ``"auto"`` is an exact matrix product on the features' device. The other names build one
         :class:`sklearn.neighbors.NearestNeighbors` a class, and an estimator with ``kneighbors``
@@ -296,7 +296,7 @@ class ClassNeighbors:
             for members in self._members
         ]
 
-    def kneighbors(self, queries, n_neighbors, recall=None):
+    def kneighbors(self, queries, n_neighbors, recompute=None):
         """Find the nearest examples of every class.
 
         Parameters
@@ -305,9 +305,10 @@ class ClassNeighbors:
             Finite.
         n_neighbors : int
             Maximum number of neighbours in each class; clipped to the size of the largest class.
-        recall : callable, default=None
-            With ``storage="float16"`` needed: ``recall(index)`` gives the features (m, n_features)
-            of examples in full precision, for their positions (m,) among those of :meth:`fit`.
+        recompute : callable, default=None
+            With ``storage="float16"`` needed: ``recompute(index)`` returns the features
+            (m, n_features) of examples in full precision, for their positions (m,) among those of
+            :meth:`fit`.
 
         Returns
         -------
@@ -321,23 +322,25 @@ class ClassNeighbors:
         ValueError
             If an affinity is NaN or cannot be represented, or an index gives no valid positions.
         """
-        return self._find(queries, self._clip(n_neighbors), recall)
+        return self._find(queries, self._clip(n_neighbors), recompute)
 
     def _clip(self, n_neighbors):
         return min(n_neighbors, max(1, *self._sizes))
 
     @torch.no_grad()  # an affinity may have parameters of its own
-    def _find(self, queries, n_neighbors, recall):
-        if self.storage == "float16" and recall is None:
-            raise ValueError("storage='float16' keeps no example in full precision: give recall.")
+    def _find(self, queries, n_neighbors, recompute):
+        if self.storage == "float16" and recompute is None:
+            raise ValueError(
+                "storage='float16' keeps no example in full precision: give recompute."
+            )
         self._move_to(queries.device)
         unit_length = self.affinity == "cosine" or self._lengths is not None
         if unit_length:
             queries = normalize_rows(queries)
 
         def take(places):
-            if recall is not None:
-                examples = recall(self._index[places])
+            if recompute is not None:
+                examples = recompute(self._index[places])
             else:
                 places = places.to(self._examples.device)
                 examples = self._examples.index_select(0, places).to(queries)
@@ -768,7 +771,7 @@ def reserve(file, n_bytes):
     file.flush()
 
 
-def join_flocks(flock, other, n_neighbors):
+def merge_flocks(flock, other, n_neighbors):
     """Take the nearest of two sets of examples.
 
     Parameters
@@ -789,7 +792,7 @@ def join_flocks(flock, other, n_neighbors):
     return ranking.values[..., :n_neighbors], index.gather(2, best)
 
 
-def drop_own(affinity, index, own):
+def drop_self(affinity, index, own):
     """Take a row that is an example itself out of its neighbours, or else the last of them.
 
     Parameters
@@ -810,7 +813,7 @@ def drop_own(affinity, index, own):
     return affinity.gather(2, kept), index.gather(2, kept)
 
 
-def flock_without_own(neighbors, own, features, n_neighbors, recall=None):
+def kneighbors_leave_one_out(neighbors, own, features, n_neighbors, recompute=None):
     """Flock for training rows as if they were new: each is left out of its own neighbours.
 
     Parameters
@@ -821,7 +824,7 @@ def flock_without_own(neighbors, own, features, n_neighbors, recall=None):
     features : torch.Tensor of shape (n, n_features)
         Their features.
     n_neighbors : int
-    recall
+    recompute
         As :meth:`ClassNeighbors.kneighbors` takes it.
 
     Returns
@@ -830,11 +833,11 @@ def flock_without_own(neighbors, own, features, n_neighbors, recall=None):
         Affinities, minus infinity where a class has no more; as many as the largest class has
         examples at most.
     """
-    flock = neighbors._find(features, neighbors._clip(n_neighbors) + 1, recall)
-    return drop_own(*flock, own)[0]
+    flock = neighbors._find(features, neighbors._clip(n_neighbors) + 1, recompute)
+    return drop_self(*flock, own)[0]
 
 
-def scale_of_affinity(neighbors, own, features, n_neighbors, recall=None):
+def scale_of_affinity(neighbors, own, features, n_neighbors, recompute=None):
     """Resolve tau="scale": a share of the spread of affinities within a typical flock.
 
     Parameters
@@ -845,7 +848,7 @@ def scale_of_affinity(neighbors, own, features, n_neighbors, recall=None):
     features : torch.Tensor of shape (n, n_features)
         Their features.
     n_neighbors : int
-    recall
+    recompute
         As :meth:`ClassNeighbors.kneighbors` takes it.
 
     Returns
@@ -853,7 +856,7 @@ def scale_of_affinity(neighbors, own, features, n_neighbors, recall=None):
     float
         Above 0.
     """
-    flocked = flock_without_own(neighbors, own, features, n_neighbors, recall)
+    flocked = kneighbors_leave_one_out(neighbors, own, features, n_neighbors, recompute)
     affinity = flocked.flatten(1).cpu().numpy().astype(np.float64)
     affinity[np.isinf(affinity)] = np.nan
     counted = np.isfinite(affinity).sum(axis=1) > 1

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from sklearn_rails.features.mapping import FeatureMap
-from sklearn_rails.immune import sensing
-from sklearn_rails.immune.sensing import SENSORS, CleanRows, NewRows, ShrunkWhitening
+from sklearn_rails.sensing import detectors as sensing
+from sklearn_rails.sensing.detectors import SENSORS, CleanSamples, Query, ShrunkWhitening
 
 N_CLASSES, K = 3, 4
 
@@ -37,11 +37,11 @@ def map_of(net, layers="1", shape=(5,)):
 
 
 def fit(method, X, y, network):
-    return SENSORS[method](CleanRows(X, network(X), y, N_CLASSES, K, network))
+    return SENSORS[method](CleanSamples(X, network(X), y, N_CLASSES, K, network))
 
 
 def score(sensor, X, network, own=None):
-    return sensor(NewRows(X, network(X), network, own))
+    return sensor(Query(X, network(X), network, own))
 
 
 def literal(method, X, y, new, network):
@@ -154,7 +154,7 @@ def test_mahalanobis_is_to_the_nearest_mean_and_without_a_row_itself(net, rows, 
     X, y, new = rows
     y = np.where(np.arange(len(y)) == 7, N_CLASSES, y)  # a class of one row
     network = map_of(net)
-    sensor = SENSORS["mahalanobis"](CleanRows(X, network(X), y, N_CLASSES + 1, K, network))
+    sensor = SENSORS["mahalanobis"](CleanSamples(X, network(X), y, N_CLASSES + 1, K, network))
     features = network(X)["1"].double().numpy()
     used = sensing.sample_rows(len(X), 4, 0) if few else np.arange(len(X))
     means = np.stack([features[y == c].mean(axis=0) for c in range(N_CLASSES + 1)])
@@ -191,7 +191,7 @@ def test_squeezing_moves_probabilities(shape, n_steps):
     X = rng.uniform(2, 6, size=(30, n_features)).astype(np.float32)
     X[0, 0], X[1, 0] = 2, 6
     network = map_of(net, "output", shape)
-    clean = CleanRows(X, network(X), np.zeros(30, dtype=int), N_CLASSES, K, network)
+    clean = CleanSamples(X, network(X), np.zeros(30, dtype=int), N_CLASSES, K, network)
     squeezed = [np.round((X - 2) / 4 * n_steps) / n_steps * 4 + 2]
     if len(shape) == 3:
         filtered = [
@@ -205,7 +205,7 @@ def test_squeezing_moves_probabilities(shape, n_steps):
     expected = np.max(
         [np.abs(probabilities(Z) - probabilities(X)).sum(axis=1) for Z in squeezed], axis=0
     )
-    found = SENSORS["feature_squeezing"](clean)(NewRows(X, network(X), network))
+    found = SENSORS["feature_squeezing"](clean)(Query(X, network(X), network))
     assert_allclose(found[:, 0], expected, atol=1e-5)
 
 
@@ -220,12 +220,12 @@ class Plain:
 def fit_plain(method, X, y=None, k=5):
     X = torch.as_tensor(X, dtype=torch.float32)
     y = np.zeros(len(X), dtype=int) if y is None else y
-    return SENSORS[method](CleanRows(X, {"input": X}, y, int(y.max()) + 1, k, Plain()))
+    return SENSORS[method](CleanSamples(X, {"input": X}, y, int(y.max()) + 1, k, Plain()))
 
 
 def score_plain(sensor, X, own=None):
     X = torch.as_tensor(X, dtype=torch.float32)
-    return sensor(NewRows(X, {"input": X}, Plain(), own))[:, 0]
+    return sensor(Query(X, {"input": X}, Plain(), own))[:, 0]
 
 
 NEIGHBOUR_METHODS = ["credibility", "lid", "distance", "kernel_density", "mahalanobis"]
@@ -322,14 +322,14 @@ def test_a_training_row_that_is_far_out_poisons_no_score(method, value):
 
 def test_sensors_share_one_copy_of_the_features():
     X = np.random.default_rng(0).random((400, 500)).astype(np.float32)
-    clean = CleanRows(
+    clean = CleanSamples(
         torch.from_numpy(X), {"input": torch.from_numpy(X)}, np.arange(400) % 2, 2, 5, Plain()
     )
     methods = ["credibility", "disagreement", "distance", "kernel_density", "lid"]
     sensors = [SENSORS[method](clean) for method in methods]
     saved = pickle.dumps(sensors)
     assert len(saved) < 1.1 * X.nbytes
-    rows = NewRows(torch.from_numpy(X[:9]), {"input": torch.from_numpy(X[:9] + 0.1)}, Plain())
+    rows = Query(torch.from_numpy(X[:9]), {"input": torch.from_numpy(X[:9] + 0.1)}, Plain())
     for sensor, loaded in zip(sensors, pickle.loads(saved), strict=True):
         assert_allclose(loaded(rows), sensor(rows))
 

@@ -1,6 +1,5 @@
 """Named layers of a fitted network as features."""
 
-from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -8,26 +7,18 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
-from .._compat import Interval, StrOptions, fit_context
-from .._validation import as_fitted, restore_on_error, validate_fit_rows, validate_rows
-from .device import DTYPES
-from .frozen import SharesNetwork, as_module
-from .mapping import FeatureMap
-
-# Sizes of tensors beyond this overflow inside of torch, before memory runs out.
-LARGEST_SIZE = 2**31 - 1
-
-# What every estimator of the package accepts for a network's place, precision and cuts.
-NETWORK_CONSTRAINTS = {
-    "layers": [None, str, "array-like"],
-    "input_shape": [None, "array-like"],
-    "device": [str, torch.device],
-    "dtype": [StrOptions(set(DTYPES))],
-    "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, LARGEST_SIZE, closed="both")],
-}
+from ._base import (
+    NETWORK_CONSTRAINTS,
+    NetworkEstimator,
+    as_fitted,
+    prepare_fit,
+    restore_on_error,
+    validate_rows,
+)
+from ._compat import fit_context
 
 
-class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SharesNetwork):
+class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, NetworkEstimator):
     """Layers of a fitted network as a transformer.
 
     ``transform`` runs the network as far as the last of the layers, in eval mode and without
@@ -86,6 +77,7 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, S
     """
 
     _parameter_constraints = {"module": "no_validation", **NETWORK_CONSTRAINTS}
+    network_parameter = "module"
 
     def __init__(
         self,
@@ -160,99 +152,3 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, S
         tags.requires_fit = False
         tags.transformer_tags.preserves_dtype = []  # `dtype` decides
         return tags
-
-
-def feature_map(estimator, network, start_layer=None):
-    """Build the map that an estimator's parameters describe.
-
-    Parameters
-    ----------
-    estimator : estimator
-        With ``layers``, ``device``, ``dtype``, ``batch_size`` and ``input_shape_``.
-    network : None, torch.nn.Module, fitted skorch net, FrozenModule or TorchFeatureExtractor
-        What it was given. An extractor's own layers, device and batch size stand in where the
-        estimator leaves its own open.
-    start_layer : str, default=None
-        The layer that populations live in; None for the input.
-
-    Returns
-    -------
-    FeatureMap
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the network, a layer or the device cannot be used.
-    """
-    parameter = "module" if isinstance(estimator, TorchFeatureExtractor) else "feature_extractor"
-    if isinstance(network, TorchFeatureExtractor):
-        network = network.module
-    return FeatureMap(
-        None if network is None else as_module(network, parameter),
-        open_parameter(estimator, "layers"),
-        input_shape=estimator.input_shape_,
-        device=open_parameter(estimator, "device"),
-        dtype=estimator.dtype,
-        batch_size=open_parameter(estimator, "batch_size"),
-        start_layer=start_layer,
-        parameter=parameter,
-    )
-
-
-def prepare_fit(estimator, X, y=None, *, network, start_layer=None, with_output=False):
-    """Check the data and the network of a fit, and make the map from one to the other.
-
-    Sets ``_features``, ``layers_`` and what :func:`validate_fit_rows` sets.
-
-    Parameters
-    ----------
-    estimator : estimator
-    X, y
-        As ``fit`` takes them.
-    network, start_layer
-        As :func:`feature_map` takes them.
-    with_output : bool, default=False
-        Whether the network's output will be needed as well as the layers.
-
-    Returns
-    -------
-    X : ndarray or torch.Tensor of shape (n, n_features)
-    y : ndarray of shape (n,), or None
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the data, a parameter or the network cannot be used.
-    """
-    X, y = validate_fit_rows(
-        estimator,
-        X,
-        y,
-        input_shape=open_parameter(estimator, "input_shape"),
-        keep_integers=network is not None,
-    )
-    features = feature_map(estimator, network, start_layer)
-    features.probe(X, with_output=with_output)
-    estimator._features = features
-    estimator.layers_ = features.layers
-    return features.cast(X), y
-
-
-def open_parameter(estimator, name):
-    """Give an estimator's parameter, or its extractor's where it is left open.
-
-    Parameters
-    ----------
-    estimator : estimator
-    name : {"layers", "input_shape", "device", "batch_size"}
-
-    Returns
-    -------
-    object
-    """
-    value = getattr(estimator, name)
-    extractor = getattr(estimator, "feature_extractor", None)
-    left_open = value is None or (isinstance(value, str) and value == "auto")
-    if left_open and isinstance(extractor, TorchFeatureExtractor):
-        return getattr(extractor, name)
-    return value

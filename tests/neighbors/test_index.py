@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import BaseEstimator
 from sklearn.neighbors import KNeighborsTransformer, NearestNeighbors
 
-from sklearn_rails.immune import flocking
-from sklearn_rails.immune.affinity import norm, normalize_rows
-from sklearn_rails.immune.flocking import ClassNeighbors, drop_own
+from sklearn_rails.neighbors import index as flocking
+from sklearn_rails.neighbors.affinity import norm, normalize_rows
+from sklearn_rails.neighbors.index import ClassNeighbors, drop_self
 
 
 def search_by_hand(X, y, n_classes, Q, k):
@@ -170,7 +170,7 @@ def test_a_row_is_dropped_from_its_own_neighbours():
     X = torch.tensor([[0.0], [0.0], [1.0], [5.0]])
     neighbors = ClassNeighbors().fit(X, np.array([0, 0, 0, 1]), 2)
     own = torch.tensor([1, 3])
-    affinity, index = drop_own(*neighbors.kneighbors(X[own], 3), own)
+    affinity, index = drop_self(*neighbors.kneighbors(X[own], 3), own)
     assert index.tolist() == [[[0, 2], [3, -1]], [[2, 0], [-1, -1]]]
     assert affinity[0, 0].tolist() == [0.0, -1.0]
 
@@ -240,8 +240,8 @@ def test_neighbours_are_exact_at_any_offset_and_scale(
         Q[1] *= scale
     X, Q = X.astype(dtype), Q.astype(dtype)
     neighbors = ClassNeighbors(affinity, storage=storage).fit(torch.from_numpy(X), y, 3)
-    recall = (lambda i: torch.from_numpy(X)[i]) if storage == "float16" else None
-    found, index = neighbors.kneighbors(torch.from_numpy(Q), k, recall)
+    recompute = (lambda i: torch.from_numpy(X)[i]) if storage == "float16" else None
+    found, index = neighbors.kneighbors(torch.from_numpy(Q), k, recompute)
     expected = sorted_affinities(affinity, X, y, 3, Q, found.shape[2])
     tolerance = 20 * np.finfo(dtype).eps
     atol = tolerance if affinity == "cosine" else np.finfo(dtype).tiny
@@ -369,7 +369,7 @@ def test_many_classes_and_more_neighbours_than_examples():
     one = ClassNeighbors().fit(torch.tensor(X[:1]), y[:1] * 0, 1)
     assert one.kneighbors(torch.tensor(X[:2]), 5)[1].tolist() == [[[0]]] * 2
     own = torch.arange(5)
-    left_out = flocking.flock_without_own(neighbors, own, torch.tensor(X[:5]), 10**9)
+    left_out = flocking.kneighbors_leave_one_out(neighbors, own, torch.tensor(X[:5]), 10**9)
     assert (left_out[own, y[:5]].isfinite().sum(dim=1) == np.bincount(y)[y[:5]] - 1).all()
 
 
@@ -509,7 +509,7 @@ def test_half_precision_is_converted_in_pieces_that_stay_in_a_cache(monkeypatch)
     monkeypatch.setattr(ClassNeighbors, "_pieces", note)
     neighbors.kneighbors(X[:1], 5, lambda i: X[i])
     assert max(sizes) <= flocking.PIECE_BYTES
-    with pytest.raises(ValueError, match="storage='float16'.*recall"):
+    with pytest.raises(ValueError, match="storage='float16'.*recompute"):
         neighbors.kneighbors(X[:1], 5)
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sklearn_rails.immune.conformity import neighbor_votes
-from sklearn_rails.immune.flocking import ClassNeighbors
+from sklearn_rails.neighbors.index import ClassNeighbors
+from sklearn_rails.neighbors.votes import neighbor_votes
 
 
 def as_one_class(features):
@@ -14,7 +14,7 @@ def test_votes_of_two_layers_by_hand():
     labels = np.array([0, 0, 1, 2])
     line = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
     layers = {"line": line, "mirror": -line}
-    votes, closeness = neighbor_votes(
+    votes, tie_break = neighbor_votes(
         {"line": torch.tensor([[0.4], [6.0]]), "mirror": torch.tensor([[-0.4], [-6.0]])},
         {layer: as_one_class(features) for layer, features in layers.items()},
         labels,
@@ -24,7 +24,7 @@ def test_votes_of_two_layers_by_hand():
     assert_array_equal(votes, [[4, 2, 0], [2, 2, 2]])
     # 0.4: the nearest are 0.4 (class 0) and 2.6 (class 1, the third). 6: 1 (2), 3 (1), 5 (0).
     expected = [[2.6 / 3.0, 1 / 2, 0], [1 / 2, 5 / 8, 5 / 6]]
-    assert_allclose(closeness, expected, rtol=1e-6)
+    assert_allclose(tie_break, expected, rtol=1e-6)
 
 
 def test_training_rows_do_not_vote_on_themselves():

@@ -1,0 +1,330 @@
+"""A network as a parameter: shared checks, and fits that fail without a trace."""
+
+import functools
+import warnings
+from numbers import Integral
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from ._compat import Interval, StrOptions
+from ._validation import flatten, plain_scalar, shape_hint, validate_fit_rows, validate_flat
+from ._version import __version__
+from .features.device import DTYPES
+from .features.frozen import as_module, freeze, is_network
+from .features.mapping import FeatureMap
+
+# Sizes of tensors beyond this overflow inside of torch, before memory runs out.
+LARGEST_SIZE = 2**31 - 1
+
+# What every estimator of the package accepts for a network's place, precision and cuts.
+NETWORK_CONSTRAINTS = {
+    "layers": [None, str, "array-like"],
+    "input_shape": [None, "array-like"],
+    "device": [str, torch.device],
+    "dtype": [StrOptions(set(DTYPES))],
+    "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, LARGEST_SIZE, closed="both")],
+}
+
+# Parameters that decide how predictions are computed, and not what they are. These alone act at
+# once when they are set after fit.
+EXECUTION_PARAMETERS = ("n_jobs", "verbose")
+
+# Parameters that only fit reads.
+FIT_PARAMETERS = (
+    "algorithm",
+    "calibration",
+    "feature_extractor",
+    "module",
+    "random_state",
+    "threat_scorer",
+)
+
+# What a network that has changed since fit does to estimators that compare with training samples.
+NEIGHBORS_ARE_STALE = "the features of the training samples are those of the network as it was."
+
+
+class NetworkEstimator(BaseEstimator):
+    """Clone, pickle and print an estimator without copying or printing a bare network.
+
+    Holds little else: what estimators have in common beyond this stands in functions.
+    """
+
+    # Name of the parameter that holds the network.
+    network_parameter = "feature_extractor"
+
+    @property
+    def device_(self):
+        """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
+        return self._features.device
+
+    def __sklearn_clone__(self):
+        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
+        twin = self._with(dict.fromkeys(networks))
+        clone = super(NetworkEstimator, twin).__sklearn_clone__()
+        return clone._with(networks)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if state is vars(self):
+            state = dict(state)
+        bare = [k for k, v in self.get_params(deep=False).items() if is_network(v)]
+        # A skorch net comes back frozen: its optimizer and callbacks are not needed to predict.
+        state["_bare_networks"] = [k for k in bare if isinstance(state[k], nn.Module)]
+        state["_sklearn_rails_version"] = __version__
+        return {**state, **{k: freeze(state[k]) for k in bare}}
+
+    def __setstate__(self, state):
+        state = dict(state)
+        version = state.pop("_sklearn_rails_version", "of an unknown version")
+        if version != __version__:
+            warnings.warn(
+                f"This {type(self).__name__} was pickled by sklearn_rails {version} and is loaded "
+                f"by {__version__}, which may compute something else or fail: fit it again.",
+                stacklevel=2,
+            )
+        bare = state.pop("_bare_networks", ())
+        super().__setstate__({**state, **{k: state[k].module for k in bare}})
+
+    def __repr__(self, N_CHAR_MAX=700):
+        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
+        shown = self._with({k: _Shown(v) for k, v in networks.items()})
+        return super(NetworkEstimator, shown).__repr__(N_CHAR_MAX)
+
+    def _with(self, params):
+        """Make a shallow copy with other values for some parameters."""
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self), **params)
+        return copy
+
+
+class _Shown:
+    """Print a network by its class alone."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __repr__(self):
+        return f"<{type(self.network).__name__}>"
+
+
+def restore_on_error(method):
+    """Restore the estimator's attributes and random state if the decorated method raises.
+
+    The method works on a shallow copy, whose new attributes the estimator takes over when it is
+    done; meanwhile the estimator is its ``_original``. ``fit`` keeps the parameters that it ran
+    with for :func:`as_fitted`.
+
+    Parameters
+    ----------
+    method : callable
+        A method that returns the estimator.
+
+    Returns
+    -------
+    callable
+    """
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        names = self.get_params(deep=False)
+        params = {name: plain_scalar(value) for name, value in names.items()}
+        if method.__name__ != "fit":
+            params |= getattr(self, "_fitted_params", {})
+        work = self._with(params)
+        work._original = self
+        rng = params.get("random_state")
+        # Seeds draw nothing from it, and what is no random state at all is named by the method.
+        rng = check_random_state(rng if isinstance(rng, np.random.RandomState) else None)
+        state = rng.get_state(legacy=False)
+        try:
+            method(work, *args, **kwargs)
+        except BaseException:
+            rng.set_state(state)
+            raise
+        if method.__name__ == "fit":
+            used = set(names) - set(FIT_PARAMETERS) - set(EXECUTION_PARAMETERS)
+            work._fitted_params = {name: params[name] for name in used}
+        vars(work).pop("_original", None)
+        learned = {name: value for name, value in vars(work).items() if name not in names}
+        for name in set(vars(self)) - set(learned) - set(names):
+            delattr(self, name)
+        vars(self).update(learned)
+        return self
+
+    return wrapped
+
+
+def as_fitted(estimator, *, consequence=None):
+    """Return an estimator as its last fit made it, whatever has been set since.
+
+    Parameters
+    ----------
+    estimator : estimator
+    consequence : str, default=None
+        What it means for the estimator if its network has changed since fit, for a warning.
+
+    Returns
+    -------
+    estimator
+        A view that shares the fitted attributes.
+
+    Raises
+    ------
+    sklearn.exceptions.NotFittedError
+        If the estimator is not fitted.
+    """
+    check_is_fitted(estimator)
+    estimator._features.follow_network(consequence=consequence)
+    execution = {
+        name: plain_scalar(getattr(estimator, name))
+        for name in EXECUTION_PARAMETERS
+        if hasattr(estimator, name)
+    }
+    return estimator._with(estimator._fitted_params | execution)
+
+
+def validate_rows(estimator, X):
+    """Check samples for a fitted estimator.
+
+    Parameters
+    ----------
+    estimator : fitted estimator
+    X : array-like of shape (n, n_features) or (n, *input_shape_), or torch.Tensor
+
+    Returns
+    -------
+    ndarray, or torch.Tensor if it came on a GPU, of shape (n, n_features)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If X has another shape than the training samples, or holds NaN or infinity.
+    """
+    flat, shape = flatten(X)
+    expected = estimator.input_shape_
+    hint = shape_hint(flat, shape, expected)
+    if len(shape) > 1 and shape != expected:
+        raise ValueError(
+            f"X has samples of shape {shape}, but {type(estimator).__name__} was fitted on samples "
+            f"of shape {expected}.{hint}"
+        )
+    features = getattr(estimator, "_features", None)
+    takes_integers = features is not None and features.integer_input
+    try:
+        rows = validate_flat(estimator, flat, None, reset=False, keep_integers=takes_integers)[0]
+    except ValueError as error:
+        raise (ValueError(f"{error}{hint}") if hint else error) from None
+    if takes_integers and not (rows == rows.round()).all():
+        raise ValueError(
+            f"X must hold integers, as the network of {type(estimator).__name__} takes them and "
+            "had them in fit; got other numbers."
+        )
+    if features is not None:
+        rows = features.cast(rows)
+        features.check_range(rows)
+    return rows
+
+
+def feature_map(estimator, network, start_layer=None):
+    """Build the map that an estimator's parameters describe.
+
+    Parameters
+    ----------
+    estimator : estimator
+        With ``layers``, ``device``, ``dtype``, ``batch_size`` and ``input_shape_``.
+    network : None, torch.nn.Module, fitted skorch net, FrozenModule or TorchFeatureExtractor
+        What it was given. An extractor's own layers, device and batch size stand in where the
+        estimator leaves its own open.
+    start_layer : str, default=None
+        The layer that populations live in; None for the input.
+
+    Returns
+    -------
+    FeatureMap
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the network, a layer or the device cannot be used.
+    """
+    parameter = estimator.network_parameter
+    if _is_extractor(network):
+        network = network.module
+    return FeatureMap(
+        None if network is None else as_module(network, parameter),
+        resolve_from_extractor(estimator, "layers"),
+        input_shape=estimator.input_shape_,
+        device=resolve_from_extractor(estimator, "device"),
+        dtype=estimator.dtype,
+        batch_size=resolve_from_extractor(estimator, "batch_size"),
+        start_layer=start_layer,
+        parameter=parameter,
+    )
+
+
+def prepare_fit(estimator, X, y=None, *, network, start_layer=None, with_output=False):
+    """Check the data and the network of a fit, and make the map from one to the other.
+
+    Sets ``_features``, ``layers_`` and what :func:`validate_fit_rows` sets.
+
+    Parameters
+    ----------
+    estimator : estimator
+    X, y
+        As ``fit`` takes them.
+    network, start_layer
+        As :func:`feature_map` takes them.
+    with_output : bool, default=False
+        Whether the network's output will be needed as well as the layers.
+
+    Returns
+    -------
+    X : ndarray or torch.Tensor of shape (n, n_features)
+    y : ndarray of shape (n,), or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the data, a parameter or the network cannot be used.
+    """
+    X, y = validate_fit_rows(
+        estimator,
+        X,
+        y,
+        input_shape=resolve_from_extractor(estimator, "input_shape"),
+        keep_integers=network is not None,
+    )
+    features = feature_map(estimator, network, start_layer)
+    features.probe(X, with_output=with_output)
+    estimator._features = features
+    estimator.layers_ = features.layers
+    return features.cast(X), y
+
+
+def resolve_from_extractor(estimator, name):
+    """Give an estimator's parameter, or its extractor's where it is left open.
+
+    Parameters
+    ----------
+    estimator : estimator
+    name : {"layers", "input_shape", "device", "batch_size"}
+
+    Returns
+    -------
+    object
+    """
+    value = getattr(estimator, name)
+    extractor = getattr(estimator, "feature_extractor", None)
+    left_open = value is None or (isinstance(value, str) and value == "auto")
+    if left_open and _is_extractor(extractor):
+        return getattr(extractor, name)
+    return value
+
+
+def _is_extractor(value):
+    return isinstance(value, NetworkEstimator) and value.network_parameter == "module"
