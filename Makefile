@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint docs bench reproduce clean
 
-# The stamp is the last thing an install writes: an interrupted one is done again.
+# The stamp is written last, so that an interrupted install is repeated.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,docs,lint]"
@@ -14,12 +14,13 @@ $(STAMP): pyproject.toml setup.cfg constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m sklearn_rails.demo
 
-# One torch thread for each of the two workers: together they would crowd two cores.
+# One torch thread for each of the two workers, which otherwise compete for two cores. Fails below the
+# coverage in pyproject.toml.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow" --cov \
 		--cov-report=term-missing
 
-# Statistical tests of the theory, and others that take minutes.
+# Statistical tests of p-values and alarm rates, and others that take minutes. Without coverage.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m slow
 
@@ -27,6 +28,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/mypy
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
@@ -35,7 +37,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/bench_limits.py
 
-# DATA_HOME is a folder with mnist.npz and the like; without it they come from OpenML.
+# DATA_HOME is a folder with mnist.npz and the like; without it they are downloaded from OpenML.
 ROWS ?= 1000
 DATA := $(if $(DATA_HOME),--data-home "$(DATA_HOME)")
 

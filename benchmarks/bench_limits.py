@@ -23,7 +23,7 @@ from torch import nn
 
 from sklearn_rails import RAILSClassifier
 from sklearn_rails.demo import SmallCNN
-from sklearn_rails.features.batching import Layout
+from sklearn_rails.features.batching import BatchLayout
 from sklearn_rails.immune.random import generation_uniforms
 from sklearn_rails.neighbors.index import ClassNeighbors
 
@@ -74,7 +74,7 @@ def bench_overhead(repeat):
             random_state=SEED,
         ).fit(X, y)
         n_images = n_rows * rails.population_size * (rails.generations + 1)
-        bare, batch_size = best_forward(rails._features._network, layer, shape, n_images)
+        bare, batch_size = best_forward(rails._features._followed.network, layer, shape, n_images)
         predict = functools.partial(rails.predict, X[:n_rows])
         seconds, least, ratio = time_pairs(predict, bare, repeat)
         name = f"{type(network).__name__} {getattr(network, 'width', '')}".strip()
@@ -94,7 +94,7 @@ def best_forward(network, layer, shape, n_images):
     candidates = []
     for size in (32, 64, 128, 256) if len(shape) == 3 else (256, 1024, 4096, 16384):
         for channels_last in (False, True)[: 1 + (len(shape) == 3)]:
-            batch = Layout(size, channels_last).store(torch.rand(size, *shape))
+            batch = BatchLayout(size, channels_last).store(torch.rand(size, *shape))
 
             def run(batch=batch, n=n_images):
                 with torch.no_grad():

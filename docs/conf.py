@@ -1,4 +1,4 @@
-"""Configuration of the documentation. It builds without a network."""
+"""Configuration of the documentation. It builds without a connection."""
 
 import csv
 import re
@@ -18,13 +18,13 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 templates_path = ["_templates"]
-# The gallery's sources: what it makes of them stands in auto_examples.
+# The gallery's sources; its pages are in auto_examples.
 exclude_patterns = ["_build", "_templates", "examples"]
 
-# Methods that are this package's; those of scikit-learn are in scikit-learn's guide.
+# Only this package's methods; scikit-learn documents its own.
 autodoc_default_options = {
     "members": True,
-    "inherited-members": "SharesNetwork, ClassifierMixin, OutlierMixin, TransformerMixin, "
+    "inherited-members": "NetworkEstimator, ClassifierMixin, OutlierMixin, TransformerMixin, "
     "ClassNamePrefixFeaturesOutMixin, BaseEstimator, _MetadataRequester, _SetOutputMixin",
     "exclude-members": "set_fit_request, set_partial_fit_request, set_score_request, "
     "set_transform_request",
@@ -49,12 +49,12 @@ html_show_sourcelink = False
 
 
 def quote_shapes(app, what, name, obj, options, lines):
-    """Show shapes as code: in (n, *shape) and (n_features_in_,) docutils sees markup."""
+    """Show shapes as code, since docutils reads (n, *shape) and (n_features_in_,) as markup."""
     lines[:] = [re.sub(r"\((n[a-z_]*,[^()`]*)\)", r"``(\1)``", line) for line in lines]
 
 
 def shorten_results(app):
-    """Copy the tables of benchmarks/results without what a page has no room for."""
+    """Copy the tables of benchmarks/results without the columns that do not fit on a page."""
     for path in (Path(app.srcdir).parent / "benchmarks" / "results").glob("*.csv"):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -67,7 +67,28 @@ def shorten_results(app):
             writer.writerows(rows)
 
 
+def include_changelog(app, docname, source):
+    """Append CHANGELOG.md to the page "What's new", as reStructuredText.
+
+    Only what the changelog uses is converted: headings, lists, code and links.
+    """
+    if docname != "whats_new":
+        return
+    path = Path(app.srcdir).parent / "CHANGELOG.md"
+    app.env.note_dependency(path)
+    # The page has a title of its own.
+    text = path.read_text(encoding="utf-8").removeprefix("# Changelog\n")
+    text = re.sub(r"`([^`]+)`", r"``\1``", text)
+    text = re.sub(r"\[([^]]+)\]\(([^)]+)\)", r"`\1 <\2>`__", text)
+    for marks, line in (("##", "-"), ("###", "~")):
+        text = re.sub(
+            rf"^{marks} (.+)$", lambda m, line=line: f"{m[1]}\n{line * len(m[1])}", text, flags=re.M
+        )
+    source[0] += text
+
+
 def setup(app):
+    app.connect("source-read", include_changelog)
     app.connect("builder-inited", shorten_results)
     # Before numpydoc, which reads the docstring at 500.
     app.connect("autodoc-process-docstring", quote_shapes, priority=400)

@@ -1,6 +1,7 @@
 """A network as a parameter: shared checks, and fits that fail without a trace."""
 
 import functools
+import textwrap
 import warnings
 from numbers import Integral
 
@@ -11,12 +12,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._compat import Interval, StrOptions
+from ._compat import HasMethods, Interval, StrOptions
 from ._validation import flatten, plain_scalar, shape_hint, validate_fit_rows, validate_flat
 from ._version import __version__
 from .features.device import DTYPES
 from .features.frozen import as_module, freeze, is_network
 from .features.mapping import FeatureMap
+from .neighbors import ExactNeighbors
 
 # Sizes of tensors beyond this overflow inside of torch, before memory runs out.
 LARGEST_SIZE = 2**31 - 1
@@ -28,6 +30,52 @@ NETWORK_CONSTRAINTS = {
     "device": [str, torch.device],
     "dtype": [StrOptions(set(DTYPES))],
     "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, LARGEST_SIZE, closed="both")],
+}
+
+N_JOBS_CONSTRAINT = [None, Interval(Integral, -LARGEST_SIZE, LARGEST_SIZE, closed="both")]
+
+ALGORITHM_CONSTRAINT = [
+    StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
+    ExactNeighbors,
+    HasMethods(["fit", "kneighbors"]),
+]
+
+# What several estimators say about the same parameters and attributes, see :func:`document`.
+SHARED_DOCUMENTATION = {
+    "feature_extractor": """
+        feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \\
+                TorchFeatureExtractor, default=None
+            The fitted network. None takes the input itself as the only layer.""",
+    "input_shape": """
+        input_shape : tuple of int, default=None
+            Shape of one input, such as ``(1, 28, 28)``, where X has two dimensions. None takes the
+            shape of X.""",
+    "device": """
+        device : str, default="auto"
+            ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there
+            is a GPU, else the CPU.""",
+    "batch_size": """
+        batch_size : int or "auto", default="auto"
+            Number of samples that go through the network together.""",
+    "fitted": """
+        n_features_in_ : int
+            Number of values in one input.
+        feature_names_in_ : ndarray of shape (n_features_in_,)
+            Names of the inputs, where X has them.
+        input_shape_ : tuple of int
+            Shape of one input.
+        layers_ : tuple of str
+            The layers.
+        device_ : torch.device
+            Where the computation runs.
+        feature_map_ : FeatureMap
+            The map from inputs to the layers' features.""",
+    "X": """
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.""",
+    "X_train": """
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Training inputs, finite.""",
 }
 
 # Parameters that decide how predictions are computed, and not what they are. These alone act at
@@ -61,6 +109,19 @@ class NetworkEstimator(BaseEstimator):
     def device_(self):
         """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
         return self._features.device
+
+    @property
+    def feature_map_(self):
+        """The map from inputs to the layers' features."""
+        return self._features
+
+    def _as_fitted(self):
+        return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
+
+    def _validate(self, X):
+        """Return the estimator as it was fitted, and checked samples."""
+        fitted = self._as_fitted()
+        return fitted, validate_rows(fitted, X)
 
     def __sklearn_clone__(self):
         networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
@@ -110,6 +171,35 @@ class _Shown:
 
     def __repr__(self):
         return f"<{type(self.network).__name__}>"
+
+
+def document(cls):
+    """Fill in what several estimators say about the same parameters and attributes.
+
+    Parameters
+    ----------
+    cls : type
+        With lines such as ``%(device)s`` in the docstrings of the class and its methods.
+
+    Returns
+    -------
+    type
+        The class itself.
+    """
+    members = [value for value in vars(cls).values() if callable(value)]
+    for member in (cls, *members):
+        lines = []
+        for line in (member.__doc__ or "").split("\n"):
+            name = line.strip().removeprefix("%(").removesuffix(")s")
+            if line.strip() == f"%({name})s":
+                indent = line[: len(line) - len(line.lstrip())]
+                shared = textwrap.dedent(SHARED_DOCUMENTATION[name]).strip()
+                lines += textwrap.indent(shared, indent).split("\n")
+            else:
+                lines.append(line)
+        if member.__doc__:
+            member.__doc__ = "\n".join(lines)
+    return cls
 
 
 def restore_on_error(method):

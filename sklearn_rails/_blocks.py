@@ -1,18 +1,24 @@
-"""Work in blocks of samples that fit into scikit-learn's ``working_memory``."""
+"""Work in blocks of samples that fit into memory, side by side, with a progress bar."""
 
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import NDArray
 from sklearn import get_config
 from sklearn.utils import gen_batches
+from tqdm.auto import tqdm
+
+from .features.device import is_out_of_memory
 
 # Arrays of a block's features that are held at a time, the copies that a neighbour search makes
 # and the gaps between freed ones included.
 BLOCKS_HELD = 8
 
-# Samples of a block at most: more of them gain nothing.
+# Maximum number of samples in a block: more of them gain nothing.
 MAX_BLOCK = 1024
 
 
@@ -33,7 +39,9 @@ def memory_budget(device: torch.device) -> int:
     return int(get_config()["working_memory"] * 2**20)
 
 
-def block_slices(n_samples: int, row_bytes: int, device: torch.device) -> list[slice]:
+def block_slices(
+    n_samples: int, row_bytes: int, device: torch.device, *, n_threads: int = 1
+) -> list[slice]:
     """Split samples into blocks whose features fit into memory.
 
     Parameters
@@ -42,21 +50,26 @@ def block_slices(n_samples: int, row_bytes: int, device: torch.device) -> list[s
     row_bytes : int
         Size of the features of one sample, in bytes.
     device : torch.device
+    n_threads : int, default=1
+        Number of blocks that are held at the same time.
 
     Returns
     -------
     list of slice
+        Of about the same number of blocks for each thread.
     """
-    size = max(1, memory_budget(device) // (BLOCKS_HELD * row_bytes))
-    return list(gen_batches(n_samples, min(size, MAX_BLOCK)))
+    size = max(1, memory_budget(device) // (BLOCKS_HELD * row_bytes * n_threads))
+    return list(gen_batches(n_samples, min(size, MAX_BLOCK, -(-n_samples // n_threads))))
 
 
 def map_blocks(
-    compute: Callable[[slice], Sequence[NDArray]],
+    compute: Callable[[slice], Sequence[NDArray[Any]]],
     n_samples: int,
     row_bytes: int,
     device: torch.device,
-) -> list[NDArray]:
+    *,
+    n_jobs: int | None = 1,
+) -> list[NDArray[Any]]:
     """Compute arrays block by block.
 
     The arrays are allocated once: small ones that stay between large ones that go would fragment
@@ -70,17 +83,104 @@ def map_blocks(
     row_bytes : int
         Size of the features of one sample, in bytes.
     device : torch.device
+    n_jobs : int or None, default=1
+        Number of threads, each of which computes blocks of its own.
 
     Returns
     -------
     list of ndarray
         The arrays for all samples.
+
+    Raises
+    ------
+    MemoryError
+        If a single sample does not fit into memory.
     """
-    whole = None
-    for block in block_slices(n_samples, row_bytes, device):
-        parts = compute(block)
-        if whole is None:
-            whole = [np.empty((n_samples, *part.shape[1:]), part.dtype) for part in parts]
-        for array, part in zip(whole, parts, strict=True):
-            array[block] = part
+    n_threads = effective_n_jobs(n_jobs)
+    blocks = block_slices(n_samples, row_bytes, device, n_threads=n_threads)
+    whole: list[NDArray[Any]] = []
+    lock = threading.Lock()
+
+    def fill(block: slice) -> None:
+        for part, arrays in halve_until_it_fits(compute, block):
+            with lock:
+                if not whole:
+                    whole.extend(np.empty((n_samples, *a.shape[1:]), a.dtype) for a in arrays)
+            for array, values in zip(whole, arrays, strict=True):
+                array[part] = values
+
+    if n_threads == 1:
+        for block in blocks:
+            fill(block)
+    else:
+        Parallel(n_jobs=n_jobs, require="sharedmem")(delayed(fill)(block) for block in blocks)
     return whole
+
+
+def halve_until_it_fits(
+    compute: Callable[[slice], Any], block: slice, *, advice: str = ""
+) -> list[tuple[slice, Any]]:
+    """Compute a block, or where memory runs out its halves, and so on.
+
+    Parameters
+    ----------
+    compute : callable
+        Takes a slice of the samples.
+    block : slice
+    advice : str, default=""
+        What the error for a single sample says after its first sentence.
+
+    Returns
+    -------
+    list of (slice, result)
+
+    Raises
+    ------
+    MemoryError
+        If a single sample does not fit.
+    """
+    try:
+        return [(block, compute(block))]
+    except (RuntimeError, MemoryError) as error:
+        n_samples = block.stop - block.start
+        if not is_out_of_memory(error) or (n_samples == 1 and not advice):
+            raise
+        if n_samples == 1:
+            raise MemoryError(f"{advice} ({error})") from error
+    middle = block.start + n_samples // 2
+    halves = slice(block.start, middle), slice(middle, block.stop)
+    return [part for half in halves for part in halve_until_it_fits(compute, half, advice=advice)]
+
+
+class Progress:
+    """A progress bar over samples, with the share of their populations that is decided.
+
+    Parameters
+    ----------
+    n_samples : int
+    n_layers : int
+        Number of populations of each sample.
+    verbose : int
+        0 shows nothing.
+    """
+
+    def __init__(self, n_samples: int, n_layers: int, verbose: int) -> None:
+        self._n_populations = n_samples * n_layers
+        self._n_decided = 0
+        self._bar = tqdm(total=n_samples, unit="sample", disable=not verbose)
+
+    def add_samples(self, n_samples: int) -> None:
+        """Count samples that are done."""
+        self._bar.update(n_samples)
+
+    def add_populations(self, n_populations: int) -> None:
+        """Count populations that are decided."""
+        self._n_decided += n_populations
+        share = self._n_decided / self._n_populations
+        self._bar.set_postfix_str(f"{share:.0%} of populations decided")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()

@@ -1,35 +1,41 @@
 """Conformal statistics: calibration samples, p-values and thresholds."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._validation import find_user_level
 
-# Finite scores are clipped to +-LARGEST, and differences of scores below 1 / LARGEST count as that,
-# so that a quotient of two differences is finite in float64.
+# Finite scores are clipped to +-LARGEST, and a scale is at least 1 / LARGEST wide, so that the
+# difference of two scores divided by the width is finite in float64.
 LARGEST = 1e150
 
-# Scores that differ by less than this share of themselves, or of a typical score, are ties.
+# Scores whose relative difference is below this are ties; also relative to the median score.
 ROUNDING = 1e-7
 
-# Evidence of a score that cannot be compared with those of the calibration samples. That of any
-# other score is below 1000: log(2 * LARGEST**2) is 692.
+# Evidence of a score that cannot be compared with the calibration scores. The evidence of any other
+# score is below 1000: log(2 * LARGEST**2) is 692.
 MAX_EVIDENCE = 1e6
 
 
-def sample_rows(n, size, rng):
-    """Draw positions of rows at random, without replacement.
+def sample_rows(
+    n: int, size: int, rng: int | np.random.Generator | np.random.RandomState
+) -> NDArray[np.int64]:
+    """Draw positions of samples at random, without replacement.
 
     Parameters
     ----------
     n : int
-        Number of rows.
+        Number of samples.
     size : int
-        Number of positions; all of them if there are not more.
+        Number of positions to draw; all of them if ``size`` is ``n`` or more.
     rng : int, numpy.random.Generator or numpy.random.RandomState
         Seed or random generator.
 
@@ -41,33 +47,36 @@ def sample_rows(n, size, rng):
     if size >= n:
         return np.arange(n, dtype=np.int64)
     if isinstance(rng, np.random.RandomState):
-        # RandomState shuffles all n positions to choose a few.
+        # RandomState.choice shuffles all n positions, however few are drawn.
         rng = rng.randint(np.iinfo(np.int32).max)
     return np.sort(np.random.default_rng(rng).choice(n, size, replace=False)).astype(np.int64)
 
 
-def conformal_p_values(scores, calibration, *, count_own=True):
-    """Compare nonconformity scores with those of calibration samples.
+def conformal_p_values(
+    scores: NDArray[Any], calibration: NDArray[Any], *, count_own: bool = True
+) -> NDArray[np.float64]:
+    """Return the p-values of nonconformity scores among those of calibration samples.
 
     Parameters
     ----------
     scores : ndarray
-        Higher conforms less; NaN conforms least of all.
+        Higher conforms less; NaN counts as the highest.
     calibration : ndarray of shape (n_calibration,)
         Scores of the calibration samples, in ascending order.
     count_own : bool, default=True
-        Count the sample itself, (count + 1) / (n_calibration + 1), as a valid p-value does.
+        Count the sample itself: (count + 1) / (n_calibration + 1), which makes p-values valid.
 
     Returns
     -------
-    ndarray, float64
-        Of the shape of ``scores``: share of the calibration samples that conform no better.
+    ndarray of the shape of ``scores``, float64
+        Share of the calibration samples whose score is at least as high.
     """
     at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return (at_least + count_own) / (len(calibration) + count_own)
+    p_values: NDArray[np.float64] = (at_least + count_own) / (len(calibration) + count_own)
+    return p_values
 
 
-def conformal_threshold(calibration, alpha):
+def conformal_threshold(calibration: NDArray[Any], alpha: float | Fraction) -> float:
     """Return the score above which the conformal p-value is alpha or less.
 
     Parameters
@@ -75,7 +84,7 @@ def conformal_threshold(calibration, alpha):
     calibration : ndarray of shape (n_calibration,)
         Scores of the calibration samples.
     alpha : float
-        Between 0 and 1. Its decimal text counts, not the binary number next to it.
+        Between 0 and 1. Its decimal representation counts, not the nearest binary number.
 
     Returns
     -------
@@ -86,18 +95,20 @@ def conformal_threshold(calibration, alpha):
     return np.inf if n_above < 0 else float(np.sort(calibration)[::-1][n_above])
 
 
-def warn_of_few_rows(parameter, alpha, n_calibration, message):
+def warn_of_few_rows(
+    parameter: str, alpha: float | Fraction, n_calibration: int, message: str
+) -> None:
     """Warn if no p-value can be alpha or less.
 
     Parameters
     ----------
     parameter : str
-        Name of the parameter that alpha was given as.
+        Name under which the user passed alpha.
     alpha : float
     n_calibration : int
         Number of calibration samples.
     message : str
-        What is to follow ``"<parameter>=<alpha> needs <n> "``.
+        Text after ``"<parameter>=<alpha> needs <n> "``.
     """
     n_needed = math.ceil(1 / Fraction(str(alpha))) - 1
     if n_calibration >= n_needed:
@@ -108,22 +119,23 @@ def warn_of_few_rows(parameter, alpha, n_calibration, message):
 
 
 class ConformalScale:
-    """Turn scores into evidence, minus the log of their conformal p-value on clean samples.
+    """Convert scores to evidence: minus the log of their conformal p-value on clean samples.
 
-    Between the calibration scores the p-value is interpolated, and beyond the largest it goes on
-    falling, so that the evidence grows with the score and orders samples that lie outside of all
-    that has been seen.
+    Between calibration scores the p-value is interpolated. Above the largest it keeps falling, so
+    that evidence grows with the score beyond the range of the calibration scores too.
 
     Parameters
     ----------
     calibration : ndarray of shape (n_calibration,)
-        Scores of clean samples; higher is more suspect. NaN counts as +inf.
+        Scores of clean samples; higher is more suspicious. NaN counts as +inf.
     rows : ndarray of int, default=slice(None)
-        Positions of the scores that set the scale. The others only tell which infinite scores
-        clean samples have.
+        Positions of the scores that set the scale. The others only show which infinite scores
+        occur on clean samples.
     """
 
-    def __init__(self, calibration, rows=slice(None)):
+    def __init__(
+        self, calibration: NDArray[Any], rows: NDArray[np.int64] | slice = slice(None)
+    ) -> None:
         self._known_infinities = np.unique(calibration[np.isinf(calibration)])
         ordered = np.sort(_clip(calibration[rows]))
         first = _first_of_ties(ordered)
@@ -132,8 +144,8 @@ class ConformalScale:
         spread = self._scores[-1] - np.median(ordered)
         self._width = max(spread, 1 / LARGEST) if spread > 0 else 1.0
 
-    def __call__(self, scores):
-        """Return the evidence of some scores.
+    def __call__(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """Compute the evidence of scores.
 
         Parameters
         ----------
@@ -142,8 +154,8 @@ class ConformalScale:
         Returns
         -------
         ndarray of shape (n,), float64
-            0 for the least suspect. ``MAX_EVIDENCE`` for NaN, and for an infinite score if no
-            calibration score was the same.
+            0 for the least suspicious. ``MAX_EVIDENCE`` for NaN, and for an infinite score that no
+            calibration score equals.
         """
         infinite = np.isinf(scores) & ~np.isin(scores, self._known_infinities)
         incomparable = np.isnan(scores) | infinite
@@ -151,17 +163,19 @@ class ConformalScale:
         last = len(self._scores) - 1
         above = np.minimum(np.searchsorted(self._scores, scores, side="left"), last)
         below = np.maximum(np.searchsorted(self._scores, scores, side="right") - 1, 0)
-        # Rounding must not lift a score over a calibration score that is higher.
+        # Rounding must not give a score more evidence than a higher calibration score.
         inside = np.interp(scores, self._scores, self._p_values)
         inside = np.fmax(np.fmin(inside, self._p_values[below]), self._p_values[above])
         beyond = np.maximum(scores - self._scores[-1], 0) / self._width
-        return np.where(incomparable, MAX_EVIDENCE, np.log1p(beyond) - np.log(inside))
+        evidence: NDArray[np.float64] = np.log1p(beyond) - np.log(inside)
+        evidence[incomparable] = MAX_EVIDENCE
+        return evidence
 
 
-def _first_of_ties(ordered):
-    """Find the places where scores in ascending order grow by more than rounding.
+def _first_of_ties(ordered: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Find the positions at which ascending scores increase by more than rounding.
 
-    Duplicates are scored alike but for the last bits, which depend on the block they stand in.
+    Duplicates have the same score except for its last bits, which depend on the block they are in.
     """
     first, typical = [0], np.median(np.abs(ordered))
     for place in range(1, len(ordered)):
@@ -171,6 +185,6 @@ def _first_of_ties(ordered):
     return np.array(first)
 
 
-def _clip(scores):
-    scores = np.where(np.isnan(scores), np.inf, scores).astype(np.float64)
-    return np.clip(scores, -LARGEST, LARGEST)
+def _clip(scores: NDArray[Any]) -> NDArray[np.float64]:
+    clipped: NDArray[np.float64] = np.where(np.isnan(scores), np.inf, scores).astype(np.float64)
+    return np.clip(clipped, -LARGEST, LARGEST)

@@ -11,10 +11,8 @@ from sklearn.utils import check_random_state
 
 from ._base import (
     LARGEST_SIZE,
-    NEIGHBORS_ARE_STALE,
     NETWORK_CONSTRAINTS,
     NetworkEstimator,
-    as_fitted,
     prepare_fit,
     restore_on_error,
     validate_rows,
@@ -23,7 +21,7 @@ from ._blocks import block_slices, map_blocks
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
 from ._validation import plain_labels
-from .neighbors.index import ClassNeighbors
+from .neighbors import ClassNeighbors
 from .neighbors.votes import neighbor_votes
 
 
@@ -231,14 +229,14 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         self.n_neighbors_ = min(int(self.n_neighbors), n_others)
         one_class = np.zeros(len(rows), dtype=np.int64)
         self._neighbors = {
-            layer: ClassNeighbors("euclidean", self.algorithm, self.n_jobs).begin(one_class, 1)
+            layer: ClassNeighbors("euclidean", self.algorithm, self.n_jobs).start(one_class, 1)
             for layer in self.layers_
         }
         for block in block_slices(len(rows), self._features.row_bytes, self._features.device):
             for layer, features in self._features(X[rows[block]]).items():
-                self._neighbors[layer].put(block, features)
+                self._neighbors[layer].add(block, features)
         for neighbors in self._neighbors.values():
-            neighbors.finish()
+            neighbors.build()
         nonconformity = self._nonconformities(X_calibration, own)
         self._calibration = np.sort(nonconformity[np.arange(len(nonconformity)), y_calibration])
         self.n_calibration_ = len(self._calibration)
@@ -331,17 +329,14 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
 
-    def _as_fitted(self):
-        return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
-
-    def _vote(self, X, own=None):
+    def _vote(self, X, self_index=None):
         """Count the neighbours of each class, and say how close the nearest of them is.
 
         Parameters
         ----------
         X : ndarray or torch.Tensor of shape (n, n_features)
-        own : ndarray of shape (n,), default=None
-            Each row's index among the training rows, if it is one of them.
+        self_index : ndarray of shape (n,), default=None
+            Each sample's index among the training rows, if it is one of them.
 
         Returns
         -------
@@ -356,13 +351,13 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
                 self._labels,
                 n_neighbors=self.n_neighbors_,
                 n_classes=len(self.classes_),
-                own=None if own is None else own[block],
+                self_index=None if self_index is None else self_index[block],
             )
 
         return map_blocks(vote, len(X), self._features.row_bytes, self._features.device)
 
-    def _nonconformities(self, X, own=None):
-        votes, _ = self._vote(X, own)
+    def _nonconformities(self, X, self_index=None):
+        votes, _ = self._vote(X, self_index)
         return len(self.layers_) * self.n_neighbors_ - votes
 
     def _hold_out(self, n_samples):

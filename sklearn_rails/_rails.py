@@ -1,92 +1,68 @@
-"""The RAILS classifier: the paper's five steps, each one call."""
+"""The RAILS classifier: parameters, documentation, and methods that ask the engine."""
 
-import functools
-import math
-import os
-import warnings
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, effective_n_jobs
-from joblib.parallel import get_active_backend
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin, clone
-from tqdm.auto import tqdm
+from sklearn.utils.validation import check_consistent_length
 
 from ._base import (
+    ALGORITHM_CONSTRAINT,
     LARGEST_SIZE,
-    NEIGHBORS_ARE_STALE,
+    N_JOBS_CONSTRAINT,
     NETWORK_CONSTRAINTS,
     NetworkEstimator,
-    as_fitted,
+    document,
     prepare_fit,
     restore_on_error,
     validate_rows,
 )
-from ._blocks import block_slices, map_blocks, memory_budget
 from ._compat import HasMethods, Interval, StrOptions, fit_context
-from ._remembering import Remembers
-from ._settling import SettlesRows, check_threat_scores, shares_of, spread_rows
-from ._validation import check_known_labels
-from .features import is_out_of_memory
-from .immune.consensus import class_affinity, count_votes, rank_by_affinity, tie_break, top_count
-from .immune.maturation import (
-    Schedule,
-    check_alive,
-    clone_neighbors,
-    find_domain,
-    mature,
-    mutation_steps,
-)
-from .immune.random import draw_seed, generation_uniforms
-from .immune.response import LAYER_FIELDS, ImmuneResponse, join_responses
-from .neighbors.affinity import affinity_to
-from .neighbors.index import ClassNeighbors, merge_flocks, scale_of_affinity
+from ._validation import check_known_labels, validate_labels
+from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
+from .immune.consensus import normalize_votes, top_count
+from .immune.gates import check_alarms, check_threat_scores
+from .immune.maturation import Schedule
+from .immune.memory import select_memories
+from .immune.random import Mutation, draw_seed
+from .neighbors import ClassNeighbors
 
-# Random numbers for so many elements of cells are kept for the next block of rows.
-CACHED_NUMBERS = 8 * 2**20
-
-# Training rows that tell the scale of tau.
-TAU_ROWS = 256
-
-# Arrays of the populations' size that a generation holds at a time.
-POPULATIONS_HELD = 6
-
-# On a CPU populations of so many bytes are bred in a block, to be still in a cache for the next
-# generation.
-CPU_BYTES = 32 * 2**20
+# Number of cells in a population, unless there are more classes.
+DEFAULT_POPULATION_SIZE = 150
 
 
-class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator):
+@document
+class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     """Robust predictions from a fitted network by affinity maturation (RAILS).
 
-    For each input, the nearest training examples of every class in a hidden layer are cloned into
-    a population, which a genetic algorithm breeds toward the input; the offspring of highest
-    affinity vote. The network is not retrained: it gives the space in which affinity is measured.
+    For each input, RAILS finds the most similar training examples of every class in a hidden layer
+    (flocking), evolves them toward the input with a genetic algorithm (affinity maturation), and
+    takes a majority vote of the offspring most similar to it (plasma). The network is not
+    retrained: it defines the space in which similarity (affinity) is measured.
 
     Parameters
     ----------
-    feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \
-            TorchFeatureExtractor, default=None
-        The fitted network. None takes the input itself as the only layer.
+    %(feature_extractor)s
     layers : str or sequence of str, default=None
         Hidden layers, as in ``module.named_modules()``; each has a population of its own, and all
         of them vote. None takes the extractor's own layers, else the network's output.
     n_neighbors : int, default=10
-        Neighbours of each class that are flocked in a layer (k). Clipped where a class has fewer
-        training examples.
-    population_size : int, default=150
-        Cells in a population (T), shared equally by the classes in the beginning.
+        Number of neighbours of each class in a layer (k). Clipped where a class has fewer training
+        examples.
+    population_size : int or "auto", default="auto"
+        Number of cells in a population (T), shared equally by the classes in the beginning.
+        ``"auto"`` is 150, or the number of classes if that is more.
     generations : int, default=3
-        Generations to breed (G), at most. Accuracy under attack rises for two or three and then
+        Maximum number of generations (G). Accuracy under attack rises for two or three and then
         stays or falls: a population that can match anything matches the perturbation too.
     tau : float or "scale", default="scale"
-        Temperature of selection, in units of the affinity. ``"scale"`` takes, in each layer, a
-        fifth of the median spread (standard deviation) of the affinities between a training
-        example and its flocked neighbours.
+        Temperature of selection, in units of the affinity. ``"scale"`` is, in each layer, a fifth
+        of the median spread (standard deviation) of the affinities between a training example and
+        its flocked neighbours.
     rho : float, default=0.15
         Probability that mutation changes an element.
     delta_min, delta_max : float, default=0.05 and 0.15
@@ -95,11 +71,11 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
     plasma_fraction, memory_fraction : float, default=0.05 and 0.25
         Share of the final population, by affinity, that votes, and that is kept as memory.
     memory_capacity : int, default=1000
-        Cells that are remembered in each layer at most, in equal shares of the classes; see
-        :meth:`remember`.
+        Maximum number of cells that are remembered in each layer, in equal shares of the classes;
+        see :meth:`remember`.
     affinity : {"euclidean", "cosine", "inner_product"} or callable, default="euclidean"
         Minus the distance of features, their cosine, or their inner product. A callable takes two
-        tensors of shape (n, n_layer_features) and gives one of shape (n,), higher for closer.
+        tensors of shape (n, n_layer_features) and returns one of shape (n,), higher for closer.
     selection : {"global", "class_balanced"}, default="global"
         Parents are drawn from the whole population, or the same number within each class.
     crossover : {"affinity", "uniform"}, default="affinity"
@@ -110,99 +86,76 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
         input.
     clip : "auto", None or pair of float, default="auto"
         Bounds of the cells: [0, 1] if all training values lie in it, else each feature's range.
-    arbitration : float, default=None
-        Between 0 and 1: the network's own label stands, and no population is bred, unless its
-        p-value, by the flocked neighbours, is this or less. That is about the share of clean rows
-        that are put to the vote. None puts every row to the vote, as the paper does.
+    gate : None, Arbitration or Triage, default=None
+        Which samples are bred. None breeds all of them, as the paper does.
+        :class:`~sklearn_rails.immune.Arbitration` keeps the network's prediction unless the
+        neighbours contradict it; :class:`~sklearn_rails.immune.Triage` breeds only what the
+        ``threat_scorer`` flags. Their parameters can be searched, as ``gate__alpha``.
     early_stopping : bool, default=True
-        Let a row be once its plasma has been of one and the same class in two generations in a
-        row. False breeds all generations.
-    algorithm : {"auto", "brute", "kd_tree", "ball_tree"} or estimator, default="auto"
-        How neighbours are found: an exact matrix product on the device, scikit-learn's
-        :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with ``kneighbors`` that is
-        cloned for every class. The last two need a distance: Euclidean or cosine affinity.
-    storage : {"memory", "float16"} or path, default="memory"
-        Where the training data's features are kept, if ``algorithm="auto"``. ``"float16"`` needs
-        half the memory: neighbours are found in half precision, and those among which it cannot
-        decide are computed anew from the training data and compared in full. A folder takes them
-        into a temporary file that is mapped into memory; it goes with the estimator. The neighbours
-        are the same.
-    input_shape : tuple of int, default=None
-        Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
-        shape.
+        Stop breeding a sample once all its plasma cells agree on the same class in two consecutive
+        generations. False breeds all generations.
+    algorithm : {"auto", "brute", "kd_tree", "ball_tree"}, ExactNeighbors or estimator, \
+            default="auto"
+        How neighbours are found: an exact matrix product on the device,
+        :class:`~sklearn_rails.neighbors.ExactNeighbors` with another ``storage`` for it,
+        scikit-learn's :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with
+        ``kneighbors`` that is cloned for every class. The last two need a distance: Euclidean or
+        cosine affinity.
+    %(input_shape)s
     threat_scorer : estimator, default=None
         An outlier detector with ``score_samples``, such as
         :class:`~sklearn_rails.ThreatScorer`. A clone is fitted to the training data, and its
-        scores go into the responses. It changes no prediction, but with ``triage``.
-    triage : bool, default=False
-        Breed only what the ``threat_scorer`` raises an alarm on. The fittest of the flocked
-        neighbours, as many as there would be plasma cells, vote on all other rows. Whoever evades
-        the scorer is then answered by nearest neighbours. Not together with ``arbitration``.
-    device : str, default="auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there is a
-        GPU, else the CPU.
+        scores go into the responses. It changes no prediction unless the gate is a ``Triage``.
+    %(device)s
     dtype : {"float32", "float64"}, default="float32"
         Precision of the network, the features and the cells.
-    batch_size : int or "auto", default="auto"
-        Rows that go through the network together.
+    %(batch_size)s
     n_jobs : int, default=None
-        Blocks of rows that are answered side by side, in threads, and threads for neighbours.
+        Number of threads, each of which predicts blocks of samples, and of threads for the indexes
+        of ``algorithm``.
     random_state : int, RandomState or None, default=None
-        Decides on the seed that ``fit`` draws. Predictions are a function of the fitted state and
-        the row, however often and in whatever company it is asked for.
+        Seed of the random numbers. After fit, predictions are deterministic: they do not depend on
+        batch composition, order or repetition.
     verbose : int, default=0
-        1 shows a progress bar over the rows, with the share of their populations that is decided.
+        1 shows a progress bar over the samples, with the share of their populations that is
+        decided.
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
         The class labels.
-    n_features_in_ : int
-        Number of values in one input.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the inputs, when X has them.
-    input_shape_ : tuple of int
-        Shape of one input.
-    layers_ : tuple of str
-        The layers.
+    %(fitted)s
     tau_ : dict of str to float
         The temperature in each layer.
     n_neighbors_ : ndarray of shape (n_classes,)
-        Neighbours that are flocked in each class.
+        Number of neighbours that are flocked in each class.
     neighbors_ : dict of str to ClassNeighbors
         The neighbour structure of each layer, of the training data.
     memory_ : dict of str to MemoryBank
-        What is remembered in each layer: ``cells`` and their ``labels``, positions in ``classes_``.
+        The remembered cells of each layer: ``cells`` and their ``labels``, positions in
+        ``classes_``.
+    engine_ : ImmuneEngine
+        What ``fit`` builds and ``predict`` runs, immutable.
     seed_ : int
-        What the random numbers are a function of, with the layer and the generation.
-    device_ : torch.device
-        Where the computation runs.
+        The random numbers are a function of it, the layer and the generation.
     threat_scorer_ : estimator
         The fitted threat scorer, if there is one.
 
     See Also
     --------
     DkNNClassifier : The baseline: a vote of neighbours in hidden layers, with its credibility.
-    ThreatScorer : How suspect an input is.
+    ThreatScorer : Detect attacked and shifted inputs.
 
     Notes
     -----
     The algorithm is Algorithm 1 of [1]_. The paper leaves open how affinity decides on the
-    cross-over; here the fitter parent gives more (see ``crossover``). Predictions on the training
-    rows see the rows themselves among their neighbours.
-
-    Arbitration is not in the paper; its p-values are conformal, as those of deep k-nearest
-    neighbours [2]_. The nonconformity of a label is by how much the flock of another class is
-    nearer than the flock of its own, in units of tau, summed over the layers. It is compared with
-    that of 1,000 training rows, each left out of its own neighbours, for the labels that the
-    network gives them. The network's outputs must be in the order of ``classes_``.
+    cross-over; here the fitter parent contributes more (see ``crossover``). A training sample is
+    among its own neighbours when it is predicted.
 
     References
     ----------
     .. [1] R. Wang, T. Chen, S. Lindsly, C. Stansbury, I. Rajapakse, A. Hero, "Immuno-mimetic Deep
        Neural Networks (Immuno-Net)", 2021, arXiv:2107.02842.
-    .. [2] N. Papernot, P. McDaniel, "Deep k-Nearest Neighbors: Towards Confident, Interpretable
-       and Robust Deep Learning", 2018, arXiv:1803.04765.
 
     Examples
     --------
@@ -211,15 +164,18 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
     >>> X, y = load_digits(return_X_y=True)
     >>> X = X / 16
     >>> rails = RAILSClassifier(population_size=100, random_state=0).fit(X[:1000], y[:1000])
-    >>> rails.score(X[1000:1050], y[1000:1050]) > 0.9
-    True
+    >>> round(rails.score(X[1000:1050], y[1000:1050]), 1)
+    1.0
     """
 
     _parameter_constraints = {
         "feature_extractor": "no_validation",
         **NETWORK_CONSTRAINTS,
         "n_neighbors": [Interval(Integral, 1, None, closed="left")],
-        "population_size": [Interval(Integral, 1, LARGEST_SIZE, closed="both")],
+        "population_size": [
+            StrOptions({"auto"}),
+            Interval(Integral, 1, LARGEST_SIZE, closed="both"),
+        ],
         "generations": [Interval(Integral, 0, LARGEST_SIZE, closed="both")],
         "tau": [StrOptions({"scale"}), Interval(Real, 0, None, closed="neither")],
         "rho": [Interval(Real, 0, 1, closed="both")],
@@ -228,59 +184,52 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
         "plasma_fraction": [Interval(Real, 0, 1, closed="right")],
         "memory_fraction": [Interval(Real, 0, 1, closed="right")],
         "memory_capacity": [Interval(Integral, 1, None, closed="left")],
-        "affinity": [StrOptions({"euclidean", "cosine", "inner_product"}), callable],
+        "affinity": [str, callable],
         "selection": [StrOptions({"global", "class_balanced"})],
         "crossover": [StrOptions({"affinity", "uniform"})],
         "start_layer": [None, str],
         "clip": [StrOptions({"auto"}), None, "array-like"],
-        "arbitration": [None, Interval(Real, 0, 1, closed="neither")],
+        "gate": [None, HasMethods(["calibrate", "screen"])],
         "early_stopping": ["boolean"],
-        "algorithm": [
-            StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
-            HasMethods(["fit", "kneighbors"]),
-        ],
-        "storage": [StrOptions({"memory", "float16"}), str, os.PathLike],
+        "algorithm": ALGORITHM_CONSTRAINT,
         "threat_scorer": [None, HasMethods(["fit", "score_samples"])],
-        "triage": ["boolean"],
-        "n_jobs": [None, Interval(Integral, -LARGEST_SIZE, LARGEST_SIZE, closed="both")],
+        "n_jobs": N_JOBS_CONSTRAINT,
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
 
     def __init__(
         self,
-        feature_extractor=None,
+        feature_extractor: object = None,
         *,
-        layers=None,
-        n_neighbors=10,
-        population_size=150,
-        generations=3,
-        tau="scale",
-        rho=0.15,
-        delta_min=0.05,
-        delta_max=0.15,
-        plasma_fraction=0.05,
-        memory_fraction=0.25,
-        memory_capacity=1000,
-        affinity="euclidean",
-        selection="global",
-        crossover="affinity",
-        start_layer=None,
-        clip="auto",
-        arbitration=None,
-        early_stopping=True,
-        algorithm="auto",
-        storage="memory",
-        input_shape=None,
-        threat_scorer=None,
-        triage=False,
-        device="auto",
-        dtype="float32",
-        batch_size="auto",
-        n_jobs=None,
-        random_state=None,
-        verbose=0,
-    ):
+        layers: str | Sequence[str] | None = None,
+        n_neighbors: int = 10,
+        population_size: int | str = "auto",
+        generations: int = 3,
+        tau: float | str = "scale",
+        rho: float = 0.15,
+        delta_min: float = 0.05,
+        delta_max: float = 0.15,
+        plasma_fraction: float = 0.05,
+        memory_fraction: float = 0.25,
+        memory_capacity: int = 1000,
+        affinity: str | Callable[..., Any] = "euclidean",
+        selection: str = "global",
+        crossover: str = "affinity",
+        start_layer: str | None = None,
+        clip: str | tuple[float, float] | None = "auto",
+        gate: Arbitration | Triage | None = None,
+        early_stopping: bool = True,
+        algorithm: object = "auto",
+        input_shape: tuple[int, ...] | None = None,
+        threat_scorer: object = None,
+        device: str | torch.device = "auto",
+        dtype: str = "float32",
+        batch_size: int | str = "auto",
+        n_jobs: int | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
         self.feature_extractor = feature_extractor
         self.layers = layers
         self.n_neighbors = n_neighbors
@@ -298,13 +247,11 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
         self.crossover = crossover
         self.start_layer = start_layer
         self.clip = clip
-        self.arbitration = arbitration
+        self.gate = gate
         self.early_stopping = early_stopping
         self.algorithm = algorithm
-        self.storage = storage
         self.input_shape = input_shape
         self.threat_scorer = threat_scorer
-        self.triage = triage
         self.device = device
         self.dtype = dtype
         self.batch_size = batch_size
@@ -319,8 +266,7 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Training inputs, finite.
+        %(X_train)s
         y : array-like of shape (n,)
             Their classes.
 
@@ -333,155 +279,148 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
         ------
         TypeError, ValueError
             If a parameter or the data is invalid, the network does not fit the data, or a layer or
-            the device is not there. The estimator is then as it was before.
+            the device does not exist. The estimator is then as it was before.
         """
-        given = X, y
-        if self.delta_min > self.delta_max:
-            raise ValueError(
-                f"delta_min={self.delta_min} must not be larger than delta_max={self.delta_max}."
-            )
-        if isinstance(self.threat_scorer, type):
-            raise TypeError(
-                f"threat_scorer must be an estimator, got the class {self.threat_scorer.__name__}; "
-                f"pass {self.threat_scorer.__name__}()."
-            )
-        if self.triage:
-            self._check_triage()
-        X, y = prepare_fit(
+        self._check_parameters()
+        rows, labels = prepare_fit(
             self,
             X,
             y,
             network=self.feature_extractor,
             start_layer=self.start_layer,
-            with_output=self.arbitration is not None,
+            with_output=getattr(self.gate, "needs_network", False),
         )
         named = vars(self).pop("_named_classes", None)  # by partial_fit
         self._classes_are_named = named is not None
-        self.classes_ = np.unique(y if named is None else named)
-        check_known_labels(y, self.classes_, "classes")
+        self.classes_ = np.unique(labels if named is None else named)
+        check_known_labels(labels, self.classes_, "classes")
         self.seed_ = draw_seed(self.random_state)
-        # As a threat scorer gets more samples in partial_fit.
-        is_flat = len(self.input_shape_) == 1 or getattr(given[0], "ndim", 0) == 2
+        # The shape in which a threat scorer gets more samples in partial_fit.
+        is_flat = len(self.input_shape_) == 1 or getattr(X, "ndim", 0) == 2
         self._given_shape = (self.n_features_in_,) if is_flat else self.input_shape_
-        self._learn(X, y, given)
-        return self._forget()
+        self._build(rows, labels, (X, y))
+        return self
 
-    def _learn(self, X, y, given):
-        """Index samples; ``given`` are the same as the user has them."""
-        y = np.searchsorted(self.classes_, y)
-        self._check_sizes()
-        if self._features.integer_input and self.start_layer is None:
+    @restore_on_error
+    @fit_context(prefer_skip_nested_validation=False)
+    def partial_fit(
+        self,
+        X: ArrayLike | torch.Tensor,
+        y: ArrayLike | torch.Tensor,
+        classes: ArrayLike | None = None,
+    ) -> Self:
+        """Add labelled training data, and keep the remembered cells.
+
+        Parameters
+        ----------
+        %(X_train)s
+        y : array-like of shape (n,)
+            Their classes.
+        classes : array-like of shape (n_classes,), default=None
+            All classes that will ever come, those without a sample included; others are then an
+            error. A class without samples has no neighbours and gets no votes.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself, as if :meth:`fit` had got all samples so far: indexing them anew
+            costs a forward pass for each.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`fit`; or if the samples do not fit those before, or have a class that is not
+            in ``classes``. The estimator is then as it was before.
+        """
+        if not hasattr(self, "classes_"):
+            self._named_classes = classes
+            return self.fit(X, y)
+        labels, known = validate_labels(y), self.classes_
+        if classes is not None:
+            check_known_labels(labels, classes, "classes")
+        elif self._classes_are_named:
+            check_known_labels(labels, known, "the classes of the first call")
+        if _hold_strings(known) != _hold_strings(labels):
             raise ValueError(
-                "start_layer=None lets populations live in the input, but the network takes "
-                "integers there, which cannot be mutated. Set start_layer to a layer behind the "
-                "embedding, and layers to one that comes after it."
+                f"y has labels of {labels.dtype}, but those of fit are of {known.dtype}."
             )
-        if self.arbitration is not None:
-            self._check_outputs(X)
-        for layer in self.layers_:
-            self._features.choose_layout(layer, **self._comparison())
-        self._features.learn_range(X)
-        self._draws = {}
-        self._y = y
-        vars(self).pop("_rows", None)
-        if self.start_layer is not None:  # else the samples are the cells
-            self._rows = X
-        self._cells = self._features.embed_cells(X)
-        self._domain = find_domain(self._cells, self.clip)
-        self._index_samples(X)
-        if self.tau == "scale":
-            self.tau_ = self._scale_tau(X)
-        else:
-            self.tau_ = dict.fromkeys(self.layers_, float(self.tau))
-        vars(self).pop("_calibration", None)
-        if self.arbitration is not None:
-            self._calibration = self._judge_training_rows(X)
-        vars(self).pop("threat_scorer_", None)
-        if self.threat_scorer is not None:
-            self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
-
-    def _check_sizes(self):
+        # All samples are indexed anew, by the network as it is now.
+        self._features = self._features.rebased()
+        rows = validate_rows(self, X)
+        check_consistent_length(rows, labels)
+        named = [] if classes is None else [classes]
+        self.classes_ = np.unique(np.concatenate([known, labels, *named]))
+        to_device = self._features.to_device
+        memory = self.engine_.memory
+        before = self._rows
+        if before is None:
+            before = self.engine_.layers[0].bank.cells
+        rows = torch.cat([to_device(before), to_device(rows)])
+        rows = rows.numpy() if rows.device.type == "cpu" else rows
+        labels = np.concatenate([known[self._labels], labels])
+        self._build(rows, labels, (rows.reshape(len(rows), *self._given_shape), labels))
+        places = np.searchsorted(self.classes_, known)
         n_classes = len(self.classes_)
-        for name, part in (("population_size", "a cell"), ("memory_capacity", "room for a cell")):
-            if getattr(self, name) < n_classes:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is smaller than the number of classes, "
-                    f"{n_classes}; every class needs {part}, so use {n_classes} or more."
-                )
+        self.engine_ = self.engine_.with_memory(
+            {layer: bank.with_classes(n_classes, places) for layer, bank in memory.items()}
+        )
+        return self
 
-    def _index_samples(self, X):
-        # What may still fail must not cost the old index, but two do not fit into memory.
-        for layer, neighbors in getattr(self, "neighbors_", {}).items():
-            self._original.neighbors_[layer] = neighbors.on_disk()
-        self.neighbors_ = {}
-        for layer in self.layers_:
-            neighbors = ClassNeighbors(self.affinity, self.algorithm, self.n_jobs, self.storage)
-            self.neighbors_[layer] = neighbors.begin(self._y, len(self.classes_))
-        for rows in block_slices(len(X), self._features.row_bytes, self._features.device):
-            for layer, features in self._features(X[rows]).items():
-                self.neighbors_[layer].put(rows, features)
-        self.n_neighbors_ = np.array([min(self.n_neighbors, n) for n in neighbors.n_samples_])
-        for neighbors in self.neighbors_.values():
-            neighbors.finish()
-
-    def predict(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
+    def predict(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Predict classes.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
         ndarray of shape (n,)
             The class with the highest score.
         """
-        fitted = self._as_fitted()
-        return fitted.classes_[fitted._scores(X).argmax(axis=1)]
+        best = self._scores(X).argmax(axis=1)
+        return self.classes_[best]
 
-    def predict_proba(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
-        """Give the classes' shares of the plasma's votes, ties broken.
+    def predict_proba(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
+        """Return the classes' shares of the plasma's votes, with affinity as a tie-breaker.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
         ndarray of shape (n, n_classes), float64
             The scores of ``decision_function``, class by class, over their sum.
         """
-        return shares_of(self._as_fitted()._scores(X))
+        return normalize_votes(self._scores(X))
 
-    def decision_function(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
-        """Give the classes' votes, and less than a vote for their affinity.
+    def decision_function(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
+        """Return the number of votes for each class, with affinity as a tie-breaker.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
         ndarray of shape (n, n_classes), or (n,) for two classes, float64
-            Plasma cells of all layers that are of the class, plus at most half a vote that grows
-            with the highest affinity in the class. For two classes the difference, positive for
-            ``classes_[1]``. With ``arbitration``, a network's label that stands has all votes.
+            Number of plasma cells of all layers that are of the class, plus at most half a vote
+            that grows with the highest affinity in the class. For two classes the difference,
+            positive for ``classes_[1]``. With ``gate=Arbitration()``, a label of the network that
+            is kept has all votes.
         """
-        scores = self._as_fitted()._scores(X)
+        scores = self._scores(X)
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def kneighbors(
         self, X: ArrayLike | torch.Tensor
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Find the flocked neighbours: the training examples that a response sets out from.
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[np.int64]]]:
+        """Find the flocked neighbours: the training examples that explain a prediction.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
@@ -492,28 +431,17 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
             Positions in the training data, and after its end in ``memory_[layer].cells``; -1 where
             a class has no more examples.
         """
-        fitted = self._as_fitted()
-        X = validate_rows(fitted, X)
-
-        def flock(block):
-            found = []
-            for layer, features in fitted._features(X[block]).items():
-                affinity, index = fitted._flock(features, layer)
-                found += [-affinity.cpu().numpy(), index.cpu().numpy()]
-            return found
-
-        found = map_blocks(flock, len(X), fitted._features.row_bytes, fitted._features.device)
-        distances = dict(zip(fitted.layers_, found[::2], strict=True))
-        indices = dict(zip(fitted.layers_, found[1::2], strict=True))
-        return distances, indices
+        fitted, rows = self._validate(X)
+        flocks = dict(zip(self.layers_, fitted.engine_.kneighbors(rows), strict=True))
+        distances = {layer: -affinity for layer, (affinity, _) in flocks.items()}
+        return distances, {layer: index for layer, (_, index) in flocks.items()}
 
     def respond(self, X: ArrayLike | torch.Tensor, y: None = None) -> ImmuneResponse:
-        """Give everything that the responses to some rows produce.
+        """Return everything that the responses to some samples produce.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
         y : None
             Not used, present by convention.
 
@@ -522,237 +450,187 @@ class RAILSClassifier(Remembers, SettlesRows, ClassifierMixin, NetworkEstimator)
         ImmuneResponse
             Predictions, plasma and memory cells, curves over the generations, and the threat.
         """
-        return self._as_fitted()._respond(X)
+        fitted, rows = self._validate(X)
+        threat, alarms = fitted._ask_scorer(X, len(rows), with_scores=True)
+        return fitted.engine_.respond(
+            rows,
+            self.classes_,
+            alarms=alarms,
+            threat=threat,
+            n_jobs=fitted.n_jobs,
+            verbose=fitted.verbose,
+        )
 
-    def _respond(self, X):
-        rows = validate_rows(self, X)
-        response = join_responses(self._answer(rows, self._respond_block))
-        if self.arbitration is not None or self.triage:
-            scores, bred, p_values = self._settle(rows, X)
-            proba = np.where(bred[:, None], response.proba, shares_of(scores))
-            labels = self.classes_[proba.argmax(axis=1)]
-            response = replace(response, proba=proba, labels=labels, p_values=p_values)
-        if not hasattr(self, "threat_scorer_"):
-            return response
-        scores = check_threat_scores(self.threat_scorer_.score_samples(X), len(rows))
-        return replace(response, threat=-scores)
+    @restore_on_error
+    def remember(
+        self,
+        response: ImmuneResponse,
+        y: ArrayLike | torch.Tensor | None = None,
+        *,
+        confidence: float = 0.9,
+    ) -> Self:
+        """Add a response's memory cells to the examples that are flocked.
 
-    def _as_fitted(self):
-        return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
+        Of each sample those cells are kept that are of the predicted class, if the plasma agreed on
+        it; or, if its class is given, those that are of this class. Wrong memories poison: anyone
+        who can send inputs can plant confident wrong predictions, unless ``y`` is given.
 
-    def _scores(self, X):
-        rows = validate_rows(self, X)
-        if self.arbitration is None and not self.triage:
-            return np.concatenate(self._answer(rows, self._score_block))
-        scores, bred, _ = self._settle(rows, X)
-        bred = np.flatnonzero(bred)
-        if len(bred):
-            scores[bred] = np.concatenate(self._answer(rows[bred], self._score_block))
-        return scores
+        Parameters
+        ----------
+        response : ImmuneResponse
+            What :meth:`respond` returned.
+        y : array-like of shape (n,), default=None
+            The true classes of its samples.
+        confidence : float, default=0.9
+            Share of the plasma, over all layers, that must be of the predicted class, without
+            ``y``. 0 keeps all samples.
 
-    def _answer(self, X, answer_block):
-        """Answer blocks of rows whose populations fit into memory."""
-        n_threads = effective_n_jobs(self.n_jobs)
-        backend, _ = get_active_backend(prefer="threads")
-        if n_threads > 1 and not getattr(backend, "supports_sharedmem", False):
-            self._features.warn_once(
-                "backend",
-                "n_jobs runs threads of this process, which share the network and the neighbours: "
-                f"the joblib backend {type(backend).__name__} is not used. To predict on several "
-                "machines, send the fitted estimator and parts of X to its workers.",
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself. Each class has an equal share of ``memory_capacity``; the cells
+            that were remembered longest ago are dropped first, and a cell is kept only once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the response is none, or one of an estimator with other layers, classes or cells, or
+            ``y`` does not fit. Nothing is then remembered.
+        """
+        fitted = self._as_fitted()
+        if y is not None and isinstance(response, ImmuneResponse):
+            y = validate_labels(y)
+            check_consistent_length(response.labels, y)
+            check_known_labels(y, self.classes_, "the classes of fit")
+        engine = fitted.engine_
+        self.engine_ = engine.with_memory(
+            select_memories(engine.memory, response, self.classes_, y, confidence)
+        )
+        return self
+
+    @restore_on_error
+    def forget(self) -> Self:
+        """Drop all remembered cells.
+
+        Returns
+        -------
+        RAILSClassifier
+            The estimator itself.
+        """
+        engine = self._as_fitted().engine_
+        empty = {layer: bank.emptied() for layer, bank in engine.memory.items()}
+        self.engine_ = engine.with_memory(empty)
+        return self
+
+    @property
+    def neighbors_(self) -> dict[str, ClassNeighbors]:
+        """The index of the training data in each layer."""
+        return {layer.name: layer.neighbors for layer in self.engine_.layers}
+
+    @property
+    def memory_(self) -> dict[str, MemoryBank]:
+        """The remembered cells of each layer."""
+        return self.engine_.memory
+
+    def _check_parameters(self) -> None:
+        if self.delta_min > self.delta_max:
+            raise ValueError(
+                f"delta_min={self.delta_min} must not be larger than delta_max={self.delta_max}."
             )
-        bank = self._cells
-        row_bytes = self.population_size * bank[0].nbytes
-        block_bytes = memory_budget(bank.device) // (POPULATIONS_HELD * n_threads)
-        if bank.device.type == "cpu":
-            block_bytes = min(block_bytes, CPU_BYTES)
-        step = max(1, int(block_bytes // row_bytes))
-        step = min(step, -(-len(X) // n_threads))
-        n_decided = 0
-        with tqdm(total=len(X), unit="row", disable=not self.verbose) as progress:
-
-            def on_decided(n_populations):
-                nonlocal n_decided
-                n_decided += n_populations
-                share = n_decided / (len(X) * len(self.layers_))
-                progress.set_postfix_str(f"{share:.0%} of populations decided")
-
-            def answer(rows):
-                try:
-                    given = [answer_block(rows, on_decided)]
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if len(rows) == 1:
-                        raise MemoryError(
-                            f"The population of a single sample does not fit into the memory of "
-                            f"{bank.device}: {error} Use a smaller population_size, fewer "
-                            "generations, a start_layer with fewer features, or device='cpu'."
-                        ) from error
-                    half = len(rows) // 2
-                    return answer(rows[:half]) + answer(rows[half:])
-                progress.update(len(rows))
-                return given
-
-            answers = Parallel(n_jobs=self.n_jobs, require="sharedmem")(
-                delayed(answer)(X[start : start + step]) for start in range(0, len(X), step)
-            )
-        return [block for blocks in answers for block in blocks]
-
-    def _score_block(self, X, on_decided):
-        votes, ties = 0, 0
-        for layer, flocked, population in self._mature(X, on_decided, keep_cells=False):
-            layer_votes, layer_ties, _ = self._vote(layer, flocked, population)
-            votes, ties = votes + layer_votes, ties + layer_ties
-        return self._join_votes(votes, ties)
-
-    def _respond_block(self, X, on_decided):
-        votes, ties = 0, 0
-        by_layer = {name: {} for name in LAYER_FIELDS}
-        n_forward = 0
-        for layer, flocked, population in self._mature(X, on_decided, keep_cells=True):
-            layer_votes, layer_ties, ranking = self._vote(layer, flocked, population)
-            votes, ties = votes + layer_votes, ties + layer_ties
-            n_forward += self.population_size * int((population.n_generations + 1).sum())
-            for kind, fraction in (
-                ("plasma", self.plasma_fraction),
-                ("memory", self.memory_fraction),
-            ):
-                best = ranking[:, : top_count(fraction, self.population_size)]
-                cells = population.cells[torch.arange(len(best), device=best.device)[:, None], best]
-                labels = population.labels.gather(1, best).cpu().numpy()
-                by_layer[kind][layer] = cells.unflatten(2, self._features.cell_shape).cpu().numpy()
-                by_layer[f"{kind}_labels"][layer] = self.classes_[labels]
-                by_layer[f"{kind}_affinity"][layer] = (
-                    population.affinity.gather(1, best).cpu().numpy()
+        for name in ("threat_scorer", "gate"):
+            if isinstance(getattr(self, name), type):
+                given = getattr(self, name).__name__
+                raise TypeError(
+                    f"{name} must be an estimator, got the class {given}; pass {given}()."
                 )
-            for curve in ("affinity_curve", "class_curve", "n_generations"):
-                by_layer[curve][layer] = getattr(population, curve).cpu().numpy()
-        scores = self._join_votes(votes, ties)
-        return ImmuneResponse(
-            proba=shares_of(scores),
-            labels=self.classes_[scores.argmax(axis=1)],
-            n_forward=n_forward,
-            p_values=None,
-            threat=None,
-            **by_layer,
+        if getattr(self.gate, "needs_alarms", False) and not hasattr(self.threat_scorer, "predict"):
+            raise ValueError(
+                f"gate={self.gate!r} needs a threat_scorer that raises alarms, with predict, got "
+                f"threat_scorer={self.threat_scorer!r}."
+            )
+
+    def _build(
+        self, X: NDArray[Any] | torch.Tensor, y: NDArray[Any], given: tuple[Any, Any]
+    ) -> None:
+        """Build the engine from samples; ``given`` are the same as the user has them."""
+        n_classes, size = len(self.classes_), self.population_size
+        size = max(DEFAULT_POPULATION_SIZE, n_classes) if size == "auto" else int(size)
+        for name, value in (("population_size", size), ("memory_capacity", self.memory_capacity)):
+            if value < n_classes:
+                raise ValueError(
+                    f"{name}={value} is smaller than the number of classes, {n_classes}; every "
+                    f"class needs a cell, so use {n_classes} or more."
+                )
+        if self._features.integer_input and self.start_layer is None:
+            raise ValueError(
+                "start_layer=None lets populations live in the input, but the network takes "
+                "integers there, which cannot be mutated. Set start_layer to a layer behind the "
+                "embedding, and layers to one that comes after it."
+            )
+        # What may still fail must not cost the old index, but two do not fit into memory.
+        if hasattr(self._original, "engine_"):
+            self._original.engine_ = self._original.engine_.on_disk()
+            vars(self).pop("engine_", None)
+        self._features.learn_range(X)
+        self._labels = np.searchsorted(self.classes_, y)
+        self._rows = None if self.start_layer is None else X  # else the samples are the cells
+        self.engine_ = ImmuneEngine.build(
+            self._features,
+            X,
+            self._labels,
+            n_classes=n_classes,
+            n_neighbors=int(self.n_neighbors),
+            schedule=Schedule(
+                population_size=size,
+                generations=int(self.generations),
+                selection=self.selection,
+                crossover=self.crossover,
+                n_plasma=top_count(self.plasma_fraction, size),
+                n_memory=top_count(self.memory_fraction, size),
+                early_stopping=self.early_stopping,
+            ),
+            mutation=Mutation(self.rho, self.delta_min, self.delta_max),
+            tau=self.tau,
+            clip=self.clip,
+            affinity=self.affinity,
+            algorithm=self.algorithm,
+            memory_capacity=int(self.memory_capacity),
+            gate=self.gate,
+            seed=self.seed_,
+            n_jobs=self.n_jobs,
+        )
+        self.tau_ = {layer.name: layer.tau for layer in self.engine_.layers}
+        sizes = self.engine_.layers[0].neighbors.n_samples_
+        self.n_neighbors_ = np.array([min(self.n_neighbors, n) for n in sizes])
+        vars(self).pop("threat_scorer_", None)
+        if self.threat_scorer is not None:
+            self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
+
+    def _scores(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
+        fitted, rows = self._validate(X)
+        _, alarms = fitted._ask_scorer(X, len(rows), with_scores=False)
+        return fitted.engine_.scores(
+            rows, alarms=alarms, n_jobs=fitted.n_jobs, verbose=fitted.verbose
         )
 
-    def _mature(self, X, on_decided, *, keep_cells):
-        """Flock, expand and optimize, one layer after the other."""
-        schedule = Schedule(
-            generations=self.generations,
-            selection=self.selection,
-            crossover=self.crossover,
-            n_plasma=top_count(self.plasma_fraction, self.population_size),
-            early_stopping=self.early_stopping,
-        )
-        bank = self._cells
-        domain = self._domain.on(bank)
-        for number, (layer, antigens) in enumerate(self._features(X).items()):
-            flocked, index = self._flock(antigens, layer)
-            parents, labels = clone_neighbors(index, self.population_size)
-            population = mature(
-                self._find_cells(parents, layer),
-                labels,
-                measure=self._measure_against(antigens, layer),
-                draw=self._draw_for(number, domain),
-                tau=self.tau_[layer],
-                schedule=schedule,
-                domain=domain,
-                n_classes=len(self.classes_),
-                keep_cells=keep_cells,
-                on_decided=on_decided,
-            )
-            check_alive(population, layer)
-            yield layer, flocked, population
+    def _ask_scorer(
+        self, X: ArrayLike | torch.Tensor, n_samples: int, *, with_scores: bool
+    ) -> tuple[NDArray[np.float64] | None, NDArray[np.bool_] | None]:
+        """Return the threat scores and the alarms, each where it is needed."""
+        scorer = getattr(self, "threat_scorer_", None)
+        needs_alarms = getattr(self.engine_.gate, "needs_alarms", False)
+        if scorer is None or not (with_scores or needs_alarms):
+            return None, None
+        if not with_scores:
+            return None, check_alarms(scorer.predict(X), n_samples)
+        scores = check_threat_scores(scorer.score_samples(X), n_samples)
+        alarms = None
+        if needs_alarms and hasattr(scorer, "offset_"):
+            alarms = scores - scorer.offset_ < 0  # as predict does, without asking again
+        elif needs_alarms:
+            alarms = check_alarms(scorer.predict(X), n_samples)
+        return -scores, alarms
 
-    def _scale_tau(self, X):
-        own = spread_rows(X, TAU_ROWS)
-        return {
-            layer: scale_of_affinity(
-                self.neighbors_[layer],
-                own.to(self.device_),
-                features,
-                self.n_neighbors,
-                self._recall(layer),
-            )
-            for layer, features in self._features(X[own.tolist()]).items()
-        }
 
-    def _flock(self, features, layer):
-        k = int(self.n_neighbors_.max())
-        if layer not in self._remembered:
-            return self.neighbors_[layer].kneighbors(features, k, self._recall(layer))
-        # Remembered cells count towards k where a class has fewer samples.
-        neighbors, remembered = self.neighbors_[layer], self._remembered[layer]
-        k = min(self.n_neighbors, int((neighbors.n_samples_ + remembered.n_samples_).max()))
-        flock = neighbors.kneighbors(features, k, self._recall(layer))
-        affinity, index = remembered.kneighbors(features, k)
-        index = torch.where(index < 0, index, index + len(self._y))
-        return merge_flocks(flock, (affinity, index), k)
-
-    def _recall(self, layer):
-        """Give what computes training features anew, if they are not kept in full precision."""
-        if self.storage != "float16":
-            return None
-        return lambda index: self._features.features_of_cells(self._cells[index], layer)
-
-    def _comparison(self):
-        return {
-            "compare": functools.partial(affinity_to, self.affinity),
-            "any_order": not callable(self.affinity),
-        }
-
-    def _measure_against(self, antigens, layer):
-        def measure(cells, rows):
-            present = antigens.index_select(0, rows)
-            return self._features.affinities(cells, layer, present, **self._comparison())
-
-        return measure
-
-    def _draw_for(self, number, domain):
-        bank = self._cells
-        shape = self.population_size, bank.shape[1]
-        mutation = self.rho, self.delta_min, self.delta_max
-        key = number, shape, mutation, bank.device
-
-        # All rows of all calls use the same numbers.
-        @functools.lru_cache(max(1, CACHED_NUMBERS // math.prod(shape)))
-        def draw(generation):
-            uniforms = generation_uniforms(self.seed_, number, generation, *shape)
-            drawn = {k: u.to(device=bank.device, dtype=bank.dtype) for k, u in uniforms.items()}
-            drawn["steps"] = mutation_steps(drawn.pop("mutate"), *mutation, domain.unit)
-            return drawn
-
-        # In place, since predicting must not change an estimator's attributes.
-        for other in list(self._draws):
-            if other[1:] != key[1:]:
-                self._draws.pop(other, None)
-        return self._draws.setdefault(key, draw)
-
-    def _vote(self, layer, flocked, population):
-        ranking = rank_by_affinity(population.affinity, self.population_size)
-        plasma = ranking[:, : top_count(self.plasma_fraction, self.population_size)]
-        votes = count_votes(population.labels.gather(1, plasma), len(self.classes_))
-        best = class_affinity(population.affinity, population.labels, flocked)
-        return votes, tie_break(best, self.tau_[layer]), ranking
-
-    def _join_votes(self, votes, ties):
-        return (votes + ties / len(self.layers_)).cpu().numpy()
-
-    def __getstate__(self):
-        state = super().__getstate__()
-        if "_cells" in state:
-            # Plain arrays load where there is no GPU, and joblib can map them from disk.
-            state |= {"_cells": state["_cells"].cpu().numpy(), "_draws": {}}
-        return state
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        if "_cells" in state:
-            with warnings.catch_warnings():
-                # Cells that are mapped from disk stay there; torch warns that they are read-only.
-                warnings.simplefilter("ignore", UserWarning)
-                cells = torch.from_numpy(np.asarray(state["_cells"]))
-            self._cells = cells.to(self._features.device)
+def _hold_strings(labels: NDArray[Any]) -> bool:
+    return all(isinstance(label, str) for label in labels.tolist())

@@ -1,11 +1,15 @@
-"""Checks that the estimators share: samples and labels, and fits that fail without a trace."""
+"""Checks of samples and labels that the estimators share."""
 
 import math
 import sys
+from collections.abc import Iterable
 from numbers import Integral
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 from sklearn.utils import check_array, get_tags
 from sklearn.utils.multiclass import check_classification_targets
@@ -15,14 +19,16 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-DTYPE_OF = {"float32": np.float32, "float64": np.float64}
+Samples = NDArray[Any] | torch.Tensor
+
+DTYPE_OF: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float64": np.float64}
 
 # Kept as they are for a network that may take them: token ids must not pass through float32.
 INTEGER_DTYPES = [np.dtype(code) for code in "bhilqBHILQ"]
 
 
-def find_user_level():
-    """Find the stack level, seen from the caller, of the first line of the user's own.
+def find_user_level() -> int:
+    """Return the stack level, counted from the caller, of the first line of the user's code.
 
     That is a line outside of this package, scikit-learn and joblib.
 
@@ -37,18 +43,35 @@ def find_user_level():
     return level
 
 
-def _is_of_a_library(frame):
-    name = frame.f_globals.get("__name__", "")
+def _is_of_a_library(frame: FrameType) -> bool:
+    name: str = frame.f_globals.get("__name__", "")
     return name.partition(".")[0] in ("sklearn_rails", "sklearn", "joblib")
 
 
-def plain_scalar(value):
-    """Turn a scalar of numpy into Python's, whose arithmetic does not overflow."""
+def plain_scalar(value: Any) -> Any:
+    """Convert a numpy scalar to a Python one, whose arithmetic does not overflow.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    object
+        Any other value itself.
+    """
     return value.item() if isinstance(value, np.generic) else value
 
 
-def validate_fit_rows(estimator, X, y=None, *, input_shape, keep_integers=False):
-    """Check training samples and remember their shape on the estimator.
+def validate_fit_rows(
+    estimator: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    input_shape: Iterable[int] | None,
+    keep_integers: bool = False,
+) -> tuple[Samples, NDArray[Any] | None]:
+    """Check training samples and store their shape on the estimator.
 
     Sets ``n_features_in_``, ``feature_names_in_`` where there are names, and ``input_shape_``.
 
@@ -73,25 +96,25 @@ def validate_fit_rows(estimator, X, y=None, *, input_shape, keep_integers=False)
     TypeError, ValueError
         If X, y or ``input_shape`` does not fit.
     """
-    wanted = _check_shape(input_shape)
+    expected = _check_shape(input_shape)
     flat, shape = flatten(X)
-    if wanted is not None and len(shape) > 1 and shape != wanted:
+    if expected is not None and len(shape) > 1 and shape != expected:
         raise ValueError(
-            f"input_shape={wanted} was given, but the samples of X have shape {shape}."
-            + shape_hint(flat, shape, wanted)
+            f"input_shape={expected} was given, but the samples of X have shape {shape}."
+            + shape_hint(flat, shape, expected)
         )
     flat, y = validate_flat(estimator, flat, y, reset=True, keep_integers=keep_integers)
-    if wanted is not None and math.prod(wanted) != flat.shape[1]:
+    if expected is not None and math.prod(expected) != flat.shape[1]:
         raise ValueError(
-            f"input_shape={wanted} holds {math.prod(wanted)} values a sample, but X has "
+            f"input_shape={expected} holds {math.prod(expected)} values a sample, but X has "
             f"{flat.shape[1]} features."
         )
-    estimator.input_shape_ = wanted or (shape if len(shape) > 1 else (flat.shape[1],))
+    estimator.input_shape_ = expected or (shape if len(shape) > 1 else (flat.shape[1],))
     return flat, y
 
 
-def validate_labels(y):
-    """Turn labels in any of their forms into an array.
+def validate_labels(y: Any) -> NDArray[Any]:
+    """Check labels and convert them to an array.
 
     Parameters
     ----------
@@ -106,20 +129,20 @@ def validate_labels(y):
     ValueError
         If they are not one-dimensional, or cannot be classes.
     """
-    y = column_or_1d(plain_labels(y), warn=True)
-    check_classification_targets(y)
-    return y
+    labels: NDArray[Any] = column_or_1d(plain_labels(y), warn=True)
+    check_classification_targets(labels)
+    return labels
 
 
-def check_known_labels(y, classes, source):
-    """Raise an error for labels that are not among some classes.
+def check_known_labels(y: ArrayLike, classes: ArrayLike, source: str) -> None:
+    """Check that all labels are among some classes.
 
     Parameters
     ----------
     y : ndarray of shape (n,)
     classes : array-like of shape (n_classes,)
     source : str
-        Where the classes come from, for the error.
+        What the classes are, for the error.
 
     Raises
     ------
@@ -131,11 +154,11 @@ def check_known_labels(y, classes, source):
         raise ValueError(f"y has labels that are not among {source}: {unknown}.")
 
 
-def _check_shape(input_shape):
+def _check_shape(input_shape: Iterable[int] | None) -> tuple[int, ...] | None:
     if input_shape is None:
         return None
     sizes = tuple(plain_scalar(size) for size in input_shape)
-    are_sizes = [isinstance(s, Integral) and not isinstance(s, bool) and s > 0 for s in sizes]
+    are_sizes = [isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes]
     if not sizes or not all(are_sizes) or isinstance(input_shape, set | frozenset):
         raise ValueError(
             f"input_shape={input_shape!r} must hold positive integers, such as (1, 28, 28)."
@@ -143,8 +166,20 @@ def _check_shape(input_shape):
     return tuple(int(size) for size in sizes)
 
 
-def shape_hint(X, shape, expected):
-    """Say what may be wrong with samples of another shape, or nothing."""
+def shape_hint(X: Any, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Return a hint on what may be wrong with samples of another shape, or "".
+
+    Parameters
+    ----------
+    X : array-like
+        The samples as :func:`flatten` returns them.
+    shape, expected : tuple of int
+        The shape of one sample, and what it should be.
+
+    Returns
+    -------
+    str
+    """
     given = (*X.shape[:1], *(shape or X.shape[1:])) if hasattr(X, "shape") else ()
     if len(expected) < 2 or shape == expected:
         return ""
@@ -164,8 +199,20 @@ def shape_hint(X, shape, expected):
     return ""
 
 
-def flatten(X):
-    """Lay n-dimensional arrays and tensors out as rows; leave all else to scikit-learn."""
+def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
+    """Flatten the samples of n-dimensional arrays and tensors, and leave all else as it is.
+
+    Parameters
+    ----------
+    X : array-like or torch.Tensor
+
+    Returns
+    -------
+    X : array-like, or torch.Tensor if it is on a GPU
+        Of shape (n, n_features) if it had more than two dimensions, else for scikit-learn to check.
+    shape : tuple of int
+        Shape of one sample before; () with less than three dimensions.
+    """
     if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):
         try:
             X = torch.stack([torch.as_tensor(sample) for sample in X])
@@ -184,7 +231,7 @@ def flatten(X):
     return X.reshape(len(X), math.prod(shape)), shape
 
 
-def _may_be_nested(X):
+def _may_be_nested(X: Any) -> bool:
     """Check for lists and array-likes of three dimensions or more, but not for frames."""
     if isinstance(X, list | tuple):
         return True
@@ -192,7 +239,7 @@ def _may_be_nested(X):
     return hasattr(X, "__array__") and not is_frame and not issparse(X)
 
 
-def _nested_array(X):
+def _nested_array(X: Any) -> NDArray[Any]:
     try:
         array = np.asarray(X)
     except ValueError as error:
@@ -205,8 +252,8 @@ def _nested_array(X):
     return array
 
 
-def _plain_tensor(X):
-    """Turn a tensor into an array, or one on a GPU into a plain tensor."""
+def _plain_tensor(X: torch.Tensor) -> Samples:
+    """Convert a tensor to an array, or one on a GPU to a plain tensor."""
     if X.is_nested or X.layout != torch.strided or X.is_quantized:
         raise ValueError(
             f"X must be a dense tensor, got one of layout {X.layout} and type {X.dtype}."
@@ -221,8 +268,8 @@ def _plain_tensor(X):
     return X.numpy() if X.device.type == "cpu" else X
 
 
-def plain_labels(y):
-    """Turn labels in a tensor, or integers among objects, into what scikit-learn takes.
+def plain_labels(y: Any) -> Any:
+    """Convert labels in a tensor, or integers in an array of objects, for scikit-learn.
 
     Parameters
     ----------
@@ -243,12 +290,36 @@ def plain_labels(y):
             return plain if plain.ndim == 1 and plain.dtype.kind in "biuf" else y
         return y
     if y.is_meta or y.is_nested or y.layout != torch.strided:
-        raise ValueError("y must be a dense tensor that holds values, one label a sample.")
+        raise ValueError("y must be a dense tensor that holds values, one label for each sample.")
     y = y.detach().cpu()
     return (y.float() if y.dtype == torch.bfloat16 else y).numpy()
 
 
-def validate_flat(estimator, X, y, *, reset, keep_integers):
+def validate_flat(
+    estimator: Any, X: Any, y: Any, *, reset: bool, keep_integers: bool
+) -> tuple[Samples, NDArray[Any] | None]:
+    """Check flat samples and labels, as scikit-learn does, tensors on their own device.
+
+    Parameters
+    ----------
+    estimator : estimator with the parameter ``dtype``
+    X : array-like of shape (n, n_features), or torch.Tensor
+    y : array-like of shape (n,), or None
+    reset : bool
+        Whether to set ``n_features_in_`` and ``feature_names_in_``, or to check against them.
+    keep_integers : bool
+        Keep integers as they are, for a network that may take them.
+
+    Returns
+    -------
+    X : ndarray or torch.Tensor of shape (n, n_features)
+    y : ndarray of shape (n,), or None
+
+    Raises
+    ------
+    ValueError
+        If X or y does not fit.
+    """
     y_required = reset and get_tags(estimator).target_tags.required
     y = plain_labels(y)
     if isinstance(X, torch.Tensor):
@@ -257,24 +328,24 @@ def validate_flat(estimator, X, y, *, reset, keep_integers):
             y = column_or_1d(y, warn=True)
             check_consistent_length(X, y)
     else:
-        dtype = DTYPE_OF[estimator.dtype]
+        float_type = DTYPE_OF[estimator.dtype]
+        # Integers stay what they are, since float32 does not represent all of them.
+        dtype = "numeric" if keep_integers else float_type
         if keep_integers:
-            # In integers, of which float32 does not hold all, or what scikit-learn takes them for.
-            given, dtype = dtype, "numeric"
             X = _plain_integers(X)
         if y is None and not y_required:
             X = validate_data(estimator, X, reset=reset, dtype=dtype)
         else:
             X, y = validate_data(estimator, X, y, reset=reset, dtype=dtype)
         if keep_integers and reset and X.dtype not in INTEGER_DTYPES:
-            X = check_array(X, dtype=given, input_name="X", estimator=estimator)
+            X = check_array(X, dtype=float_type, input_name="X", estimator=estimator)
     if y is not None:
         check_classification_targets(y)
     return X, y
 
 
-def _plain_integers(X):
-    """Turn integers among objects, and those of nullable frames, into an array or frame of them."""
+def _plain_integers(X: Any) -> Any:
+    """Convert integers in arrays of objects and in nullable frames to int64."""
     if hasattr(X, "iloc"):
         dtypes = [getattr(dtype, "numpy_dtype", None) for dtype in X.dtypes]
         are_integers = all(dtype in INTEGER_DTYPES for dtype in dtypes)
@@ -284,7 +355,7 @@ def _plain_integers(X):
     return X.astype(np.int64) if all(isinstance(value, Integral) for value in X.flat) else X
 
 
-def _validate_tensor(estimator, X, *, reset):
+def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool) -> None:
     """Do what ``validate_data`` does, on the tensor's own device."""
     name = type(estimator).__name__
     if X.ndim != 2:

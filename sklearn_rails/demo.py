@@ -1,12 +1,17 @@
-"""Attack a small network and see what stands: ``python -m sklearn_rails.demo``."""
+"""Attack a small network and compare defences: ``python -m sklearn_rails.demo``."""
+
+from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -21,14 +26,16 @@ from .datasets import fetch_image_benchmark, load_digit_images
 from .features.frozen import as_module
 from .inspection import ImmuneResponseDisplay
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 EPS = 60 / 255
 
-# Chosen by the mean of clean and robust accuracy on training rows held out for it, which were
-# attacked in the same way: k, rho and the like on 20 splits of the digits' training rows and 8 of
-# MNIST's, each with a network of its own, and layers on some of them. Of the hidden layers and
-# combinations that were tried for DkNN and RAILS none did clearly better than pixels, so DkNN is
-# the nearest neighbour here.
-SETTINGS = {
+# Chosen by the mean of clean and robust accuracy on held-out training images, attacked in the same
+# way: k, rho and the like on 20 splits of the digits and 8 of MNIST, each with its own network, and
+# layers on some of them. No hidden layer or combination of layers was clearly better than pixels
+# for DkNN or RAILS, so DkNN is the nearest neighbour here.
+SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {
         "max_epochs": 30,
         "pixel k-NN": {"n_neighbors": 1},
@@ -57,7 +64,9 @@ class SmallCNN(nn.Module):
         Channels of the first two convolutions; the others have twice as many.
     """
 
-    def __init__(self, image_shape, n_classes=10, width=16):
+    def __init__(
+        self, image_shape: tuple[int, int, int], n_classes: int = 10, width: int = 16
+    ) -> None:
         super().__init__()
         n_channels, height, breadth = image_shape
         self.conv1 = nn.Conv2d(n_channels, width, 3, padding=1)
@@ -66,8 +75,8 @@ class SmallCNN(nn.Module):
         self.conv4 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
         self.fc = nn.Linear(2 * width * (height // 4) * (breadth // 4), n_classes)
 
-    def forward(self, x):
-        """Give the logits.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the logits.
 
         Parameters
         ----------
@@ -82,10 +91,18 @@ class SmallCNN(nn.Module):
         x = max_pool2d(self.conv2(x).relu(), 2)
         x = self.conv3(x).relu()
         x = max_pool2d(self.conv4(x).relu(), 2)
-        return self.fc(x.flatten(1))
+        logits: torch.Tensor = self.fc(x.flatten(1))
+        return logits
 
 
-def train_network(X, y, *, max_epochs, random_state=0, verbose=1):
+def train_network(
+    X: NDArray[np.float32],
+    y: NDArray[np.int64],
+    *,
+    max_epochs: int,
+    random_state: int = 0,
+    verbose: int = 1,
+) -> NeuralNetClassifier:
     """Train a :class:`SmallCNN` with Adam.
 
     Parameters
@@ -93,11 +110,11 @@ def train_network(X, y, *, max_epochs, random_state=0, verbose=1):
     X : ndarray of shape (n, channels, height, width), float32
         Images in [0, 1].
     y : ndarray of shape (n,), int64
-        Their classes, from 0 on.
+        Classes of the images, from 0 on.
     max_epochs : int
-        Passes over the images.
+        Number of passes over the images.
     random_state : int, default=0
-        Decides on the first weights and the order of the images.
+        Seed of the initial weights and of the order of the images.
     verbose : int, default=1
         1 prints a line for each epoch.
 
@@ -122,17 +139,27 @@ def train_network(X, y, *, max_epochs, random_state=0, verbose=1):
         ).fit(X, y)
 
 
-def pgd(network, X, y, *, eps=EPS, step=20 / 255, max_iter=20):
-    """Attack a network by projected gradient descent in an L-infinity ball, from its centre.
+def pgd(
+    network: Any,
+    X: NDArray[np.float32],
+    y: NDArray[np.int64],
+    *,
+    eps: float = EPS,
+    step: float = 20 / 255,
+    max_iter: int = 20,
+) -> NDArray[np.float32]:
+    """Attack a network by projected gradient descent in an L-infinity ball around each image.
+
+    The attack starts from the image itself, not from a random point of the ball.
 
     Parameters
     ----------
     network : torch.nn.Module or fitted skorch net
-        The network, on the CPU; it gives logits.
+        The network, on the CPU; its output are logits.
     X : ndarray of shape (n, channels, height, width), float32
         Images in [0, 1].
     y : ndarray of shape (n,), int64
-        Their classes, from 0 on.
+        Classes of the images, from 0 on.
     eps : float, default=60/255
         Radius of the ball.
     step : float, default=20/255
@@ -172,11 +199,12 @@ def pgd(network, X, y, *, eps=EPS, step=20 / 255, max_iter=20):
     attack = ProjectedGradientDescentPyTorch(
         target, eps=eps, eps_step=step, max_iter=max_iter, batch_size=128, verbose=False
     )
-    return attack.generate(X, y)
+    attacked: NDArray[np.float32] = attack.generate(X, y)
+    return attacked
 
 
-def flatten(X):
-    """Lay images out as rows.
+def flatten(X: NDArray[Any]) -> NDArray[Any]:
+    """Flatten each image to a vector.
 
     Parameters
     ----------
@@ -189,8 +217,13 @@ def flatten(X):
     return X.reshape(len(X), -1)
 
 
-def compare(classifiers, X, X_attacked, y):
-    """Measure accuracy on clean and on attacked rows, and the time that predictions take.
+def compare(
+    classifiers: Mapping[str, Any],
+    X: NDArray[Any],
+    X_attacked: NDArray[Any],
+    y: NDArray[Any],
+) -> list[dict[str, Any]]:
+    """Measure clean accuracy, accuracy under attack, and prediction time.
 
     Parameters
     ----------
@@ -201,7 +234,8 @@ def compare(classifiers, X, X_attacked, y):
     Returns
     -------
     list of dict
-        With ``name``, ``clean_accuracy``, ``robust_accuracy`` and ``seconds_per_1000`` rows.
+        For each classifier ``name``, ``clean_accuracy``, ``robust_accuracy`` and
+        ``seconds_per_1000``, the prediction time for 1,000 images.
     """
     rows = []
     for name, classifier in classifiers.items():
@@ -219,8 +253,8 @@ def compare(classifiers, X, X_attacked, y):
     return rows
 
 
-def format_table(rows):
-    """Lay the rows of :func:`compare` out as a Markdown table.
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the result of :func:`compare` as a Markdown table.
 
     Parameters
     ----------
@@ -231,41 +265,43 @@ def format_table(rows):
     str
     """
     lines = [
-        f"| {'classifier':<10} | clean accuracy | robust accuracy | seconds per 1,000 rows |",
-        f"| :{'-' * 9} | {'-' * 13}: | {'-' * 14}: | {'-' * 21}: |",
+        f"| {'classifier':<10} | clean accuracy | robust accuracy | seconds per 1,000 images |",
+        f"| :{'-' * 9} | {'-' * 13}: | {'-' * 14}: | {'-' * 23}: |",
     ]
     lines += [
         f"| {row['name']:<10} | {row['clean_accuracy']:>14.1%} | {row['robust_accuracy']:>15.1%} "
-        f"| {row['seconds_per_1000']:>22.2f} |"
+        f"| {row['seconds_per_1000']:>24.2f} |"
         for row in rows
     ]
     return "\n".join(lines)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo.
 
     Parameters
     ----------
     arguments : list of str, default=None
-        What stands on the command line; None takes it from there.
+        Command-line arguments. None takes those of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m sklearn_rails.demo", description=__doc__)
     parser.add_argument("--data", choices=list(SETTINGS), default="digits")
-    parser.add_argument("--data-home", help="folder of mnist.npz, else of what OpenML gives")
+    parser.add_argument("--data-home", help="folder of mnist.npz, or for the download from OpenML")
     parser.add_argument("--output", type=Path, default=Path("demo_results"))
-    parser.add_argument("--max-train", type=int, default=10_000, help="training rows at most")
-    parser.add_argument("--max-test", type=int, default=500, help="test rows at most")
+    parser.add_argument(
+        "--max-train", type=int, default=10_000, help="maximum number of training images"
+    )
+    parser.add_argument("--max-test", type=int, default=500, help="maximum number of test images")
     options = parser.parse_args(arguments)
 
-    # The digits' network is too small to gain from threads, and with one of them the table does not
-    # depend on how many there are.
+    # The digits' network is too small to gain from threads, and with one thread the table does not
+    # depend on the number of cores.
     with threadpool_limits(1 if options.data == "digits" else None):
         run(options)
 
 
-def run(options):
-    """Train, attack, compare, and write the results.
+def run(options: argparse.Namespace) -> None:
+    """Train and attack a network, compare the defences, and write the results.
 
     Parameters
     ----------
@@ -280,9 +316,9 @@ def run(options):
     X_test, y_test = data.X_test[: options.max_test], data.y_test[: options.max_test]
     settings = SETTINGS[options.data]
 
-    print(f"{data.name}: training a network on {len(X_train):,} rows.")
+    print(f"{data.name}: training a network on {len(X_train):,} images.")
     network = train_network(X_train, y_train, max_epochs=settings["max_epochs"])
-    print(f"\nAttacking the network on {len(X_test):,} test rows.")
+    print(f"\nAttacking the network on {len(X_test):,} test images.")
     X_attacked = pgd(network, X_test, y_test)
 
     classifiers = {
@@ -292,32 +328,34 @@ def run(options):
         "DkNN": DkNNClassifier(network, **settings["DkNN"]),
         "RAILS": RAILSClassifier(network, **settings["RAILS"], random_state=0),
     }
-    print("Asking the defences:")
+    print("Fitting the defences:")
     for name, classifier in classifiers.items():
         classifier.fit(X_train, y_train)
         print(f"- {name} with {', '.join(f'{k}={v!r}' for k, v in settings[name].items())}")
     rows = compare({"network": network} | classifiers, X_test, X_attacked, y_test)
     print(f"\n{format_table(rows)}\n")
-    print(f"Robust accuracy is under PGD (L-infinity, eps {EPS * 255:.0f}/255) on the network;")
-    print("an attack that knows the defence may do more harm.")
+    print(f"Robust accuracy is measured under PGD (L-infinity, eps {EPS * 255:.0f}/255) on the")
+    print("network alone. An attack that targets the defence may be stronger.")
 
     options.output.mkdir(parents=True, exist_ok=True)
     summary = {"rows": rows, "n_test": len(X_test), "eps": EPS}
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     network_labels = network.predict(X_attacked)
-    # The first rows that the attack has turned, whatever becomes of them.
-    turned = (network.predict(X_test) == y_test) & (network_labels != y_test)
-    first = np.argsort(~turned, kind="stable")[:4]
+    # The first images that the network misclassifies only under attack, whether or not RAILS
+    # classifies them correctly.
+    fooled = (network.predict(X_test) == y_test) & (network_labels != y_test)
+    first = np.argsort(~fooled, kind="stable")[:4]
     display = ImmuneResponseDisplay.from_estimator(
-        # All generations, so that there are curves to see.
+        # All generations, so that the curves have their full length.
         clone(classifiers["RAILS"]).set_params(early_stopping=False).fit(X_train, y_train),
         X_attacked[first],
         X_train=X_train,
         network_labels=network_labels[first],
         y=y_test[first],
     )
-    display.figure_.suptitle("RAILS on attacked images")
-    display.figure_.savefig(options.output / "response.png", dpi=150)
+    figure = cast("Figure", display.figure_)  # no SubFigure was passed
+    figure.suptitle("RAILS on attacked images")
+    figure.savefig(options.output / "response.png", dpi=150)
     print(f"\nWritten: {options.output}/summary.json and response.png")
 
 

@@ -37,7 +37,7 @@ def response():
 
 
 def band_edges(band):
-    """Give the lower and upper edge of a band at each generation."""
+    """Return the lower and upper edge of a band at each generation."""
     vertices = band.get_paths()[0].vertices
     by_generation = [vertices[vertices[:, 0] == x, 1] for x in np.unique(vertices[:, 0])]
     return np.array([(heights.min(), heights.max()) for heights in by_generation]).T
@@ -47,8 +47,8 @@ def legend_texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-def test_mean_and_band_by_hand():
-    # The standard deviations are 1 and 2, and 3 rows a half-width of 1.959964 / sqrt(3) of that.
+def test_mean_and_band_agree_with_a_calculation_by_hand():
+    # The standard deviations are 1 and 2; the half-widths are these times 1.959964 / sqrt(3).
     display = AffinityCurveDisplay({"own": [[1, 2], [2, 4], [3, 6]]}, layer="input").plot()
     (line,), (band,) = display.lines_, display.bands_
     np.testing.assert_array_equal(line.get_xdata(), [0, 1])
@@ -60,11 +60,11 @@ def test_mean_and_band_by_hand():
 def test_confidence_sets_the_width():
     curves = {"own": [[1, 2], [3, 6]]}
     display = AffinityCurveDisplay(curves, layer="input", confidence=0.6826895).plot()
-    # 68 % are one standard error, which of two rows is half their difference.
+    # 68 % are one standard error, which for two samples is half their difference.
     np.testing.assert_allclose(band_edges(display.bands_[0]), [[1, 2], [3, 6]], rtol=1e-6)
 
 
-def test_a_row_that_stopped_carries_its_last_affinity_forward():
+def test_a_sample_that_stopped_keeps_its_last_affinity():
     stopped = [[-4, -2, NAN, NAN], [-6, -4, -3, NAN], [-8, -6, -4, -1]]
     carried = [[-4, -2, -2, -2], [-6, -4, -3, -3], [-8, -6, -4, -1]]
     display = AffinityCurveDisplay({"own": stopped}, layer="input").plot()
@@ -75,7 +75,7 @@ def test_a_row_that_stopped_carries_its_last_affinity_forward():
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_band_of_one_row_has_no_width():
+def test_the_band_of_one_sample_has_no_width():
     display = AffinityCurveDisplay({"own": [[1, 2, 4]]}, layer="input").plot()
     np.testing.assert_array_equal(band_edges(display.bands_[0]), [[1, 2, 4]] * 2)
 
@@ -116,7 +116,7 @@ def test_lines_may_differ_in_length():
     assert [len(line.get_ydata()) for line in display.lines_] == [2, 3]
 
 
-def test_draw_on_axes_of_ones_own(response):
+def test_plot_on_given_axes(response):
     _, (_, ax) = mpl.pyplot.subplots(1, 2)
     display = AffinityCurveDisplay.from_response(
         response, ax=ax, color="k", marker="x", label="all"
@@ -138,7 +138,7 @@ def test_plot_again(response):
     np.testing.assert_array_equal(display.lines_[0].get_ydata(), lines[0].get_ydata())
 
 
-def test_a_layer_that_a_response_lacks_is_noticed(response):
+def test_a_layer_that_a_response_lacks_is_refused(response):
     message = r"layer='1' is none of the layers \['0', '2'\] of response"
     with pytest.raises(ValueError, match=message + r"\."):
         AffinityCurveDisplay.from_response(response, layer="1")
@@ -146,7 +146,7 @@ def test_a_layer_that_a_response_lacks_is_noticed(response):
         AffinityCurveDisplay.from_response({"own": response}, layer="1")
 
 
-def test_nothing_to_show_is_noticed():
+def test_empty_input_is_refused():
     with pytest.raises(ValueError, match=r"response=\{\} must have one response"):
         AffinityCurveDisplay.from_response({})
     with pytest.raises(ValueError, match=r"curves=\{\} must have the curves of one line"):
@@ -154,23 +154,25 @@ def test_nothing_to_show_is_noticed():
 
 
 @pytest.mark.parametrize("confidence", [0, 1, -0.5, 95, NAN])
-def test_confidence_outside_0_and_1_is_noticed(response, confidence):
+def test_confidence_outside_0_and_1_is_refused(response, confidence):
     with pytest.raises(ValueError, match=rf"confidence={confidence} must be between 0 and 1"):
         AffinityCurveDisplay.from_response(response, confidence=confidence)
     assert mpl.pyplot.get_fignums() == []
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3), (3, 0)])
-def test_curves_of_another_shape_are_noticed(shape):
+def test_curves_of_another_shape_are_refused(shape):
     display = AffinityCurveDisplay({"own": np.zeros(shape)}, layer="input")
     with pytest.raises(ValueError, match=r"curves\['own'\] has shape .*; it must be \(n, gen"):
         display.plot()
 
 
 @pytest.mark.parametrize("start", [NAN, np.inf])
-def test_curves_that_begin_with_no_affinity_are_noticed(start):
+def test_curves_that_begin_without_an_affinity_are_refused(start):
     display = AffinityCurveDisplay({"own": [[1, 2], [start, 2]]}, layer="input")
-    with pytest.raises(ValueError, match=rf"curves\['own'\] must begin .* got {start} in row 1"):
+    with pytest.raises(
+        ValueError, match=rf"curves\['own'\] must begin .* got {start} for sample 1"
+    ):
         display.plot()
 
 

@@ -21,6 +21,7 @@ from sklearn_rails import (
     ThreatScorer,
     TorchFeatureExtractor,
 )
+from sklearn_rails.immune import Arbitration, engine
 
 CHEAP = {"population_size": 20, "generations": 1, "n_neighbors": 3}
 
@@ -176,9 +177,7 @@ SETTINGS = {
     "crossover": "uniform",
     "early_stopping": False,
     "clip": None,
-    "arbitration": 0.5,
-    "triage": True,
-    "storage": "float16",
+    "gate": Arbitration(0.5),
     "p_value": "empirical",
     "calibration": "leave-one-out",
     "alpha": 0.9,
@@ -269,7 +268,7 @@ def test_a_refit_does_not_hold_two_indexes_and_a_failed_one_keeps_the_old(task, 
     old = weakref.ref(rails.neighbors_["input"])
     alive = []
 
-    def fail(self, X):
+    def fail(layers, samples):
         gc.collect()
         alive.append(old() is not None)
         # Threads that predict meanwhile still have an index.
@@ -277,7 +276,7 @@ def test_a_refit_does_not_hold_two_indexes_and_a_failed_one_keeps_the_old(task, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RAILSClassifier, "_scale_tau", fail)
+        patch.setattr(engine, "_scale_tau", fail)
         with pytest.raises(KeyboardInterrupt):
             getattr(rails, again)(X, y)
     assert alive == [False]

@@ -1,4 +1,4 @@
-"""RAILSClassifier(arbitration=...): the network's label stands, or is put to the vote."""
+"""RAILSClassifier(gate=Arbitration(...)): the network's label stands, or is put to the vote."""
 
 import pickle
 
@@ -12,9 +12,10 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor, _blocks
-from sklearn_rails._settling import spread_rows
+from sklearn_rails._conformal import sample_rows
 from sklearn_rails.demo import pgd
 from sklearn_rails.features.mapping import FeatureMap
+from sklearn_rails.immune import Arbitration
 from sklearn_rails.neighbors.votes import class_margin
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
@@ -34,7 +35,7 @@ def attacked(task):
 @pytest.fixture(scope="module")
 def arbitrating(task):
     network, X, y, *_ = task
-    return RAILSClassifier(network, arbitration=0.2, **CHEAP).fit(X, y)
+    return RAILSClassifier(network, gate=Arbitration(0.2), **CHEAP).fit(X, y)
 
 
 def labels_of(network, X):
@@ -62,7 +63,7 @@ def test_p_values_are_those_of_a_literal_computation(task):
     network, X, y, new, _ = task
     X, y = X[:300], y[:300]
     rails = RAILSClassifier(
-        network, arbitration=0.2, **CHEAP | {"layers": "conv2", "dtype": "float64"}
+        network, gate=Arbitration(0.2), **CHEAP | {"layers": "conv2", "dtype": "float64"}
     ).fit(X, y)
     extractor = TorchFeatureExtractor(network, layers="conv2", dtype="float64").fit(X)
     features = [extractor.transform(rows) for rows in (X, new[:30])]
@@ -107,11 +108,13 @@ def test_answers_agree_with_each_other_in_any_company(arbitrating, attacked):
 def test_a_search_over_arbitration_and_a_refit_without(task):
     network, X, y, new, y_new = task
     search = GridSearchCV(
-        RAILSClassifier(network, **CHEAP), {"arbitration": [None, 0.1, 0.5]}, cv=2
+        RAILSClassifier(network, **CHEAP),
+        {"gate": [None, Arbitration(0.1), Arbitration(0.5)]},
+        cv=2,
     ).fit(X, y)
     assert search.best_estimator_.score(new, y_new) > 0.9
-    rails = RAILSClassifier(network, arbitration=0.1, **CHEAP).fit(X, y)
-    rails.set_params(arbitration=None).fit(X, y)
+    rails = RAILSClassifier(network, gate=Arbitration(0.1), **CHEAP).fit(X, y)
+    rails.set_params(gate=None).fit(X, y)
     assert rails.respond(new[:5]).p_values is None
     fresh = clone(rails).fit(X, y)
     assert set(vars(rails)) == set(vars(fresh))
@@ -121,9 +124,9 @@ def test_a_search_over_arbitration_and_a_refit_without(task):
 def test_two_classes_with_one_logit_and_a_class_of_one_row(task):
     network, X, y, new, y_new = task
     two = nn.Sequential(network, Odd())
-    rails = RAILSClassifier(two, arbitration=0.3, **CHEAP | {"layers": ["0.conv1", "0.conv2"]}).fit(
-        X, y % 2
-    )
+    rails = RAILSClassifier(
+        two, gate=Arbitration(0.3), **CHEAP | {"layers": ["0.conv1", "0.conv2"]}
+    ).fit(X, y % 2)
     assert rails.score(new, y_new % 2) > 0.9
     stands = rails.respond(new).p_values > 0.3
     own = labels_of(network, new) % 2
@@ -132,7 +135,7 @@ def test_two_classes_with_one_logit_and_a_class_of_one_row(task):
 
     lonely = np.flatnonzero(y != 3)
     lonely = np.append(lonely, np.flatnonzero(y == 3)[0])
-    rails = RAILSClassifier(network, arbitration=0.1, **CHEAP).fit(X[lonely], y[lonely])
+    rails = RAILSClassifier(network, gate=Arbitration(0.1), **CHEAP).fit(X[lonely], y[lonely])
     p_values = rails.respond(new).p_values
     assert ((p_values > 0) & (p_values <= 1)).all()
 
@@ -156,23 +159,25 @@ def test_disagreement_by_hand():
 
 def test_what_cannot_be_arbitrated_is_named(task):
     network, X, y, *_ = task
-    with pytest.raises(ValueError, match="arbitration=0.1 is about a network's labels, but there"):
-        RAILSClassifier(arbitration=0.1).fit(X, y)
-    rails = RAILSClassifier(network, arbitration=0.1, **CHEAP)
+    with pytest.raises(ValueError, match=r"gate=Arbitration\(alpha=0.1\) needs a network"):
+        RAILSClassifier(gate=Arbitration(0.1)).fit(X, y)
+    rails = RAILSClassifier(network, gate=Arbitration(0.1), **CHEAP)
     with pytest.raises(ValueError, match="it has 10 outputs and y has 9 classes"):
         rails.fit(X[y != 3], y[y != 3])
     assert not hasattr(rails, "classes_")
-    rails.set_params(arbitration=None).fit(X, y).set_params(arbitration=0.1)
+    rails.set_params(gate=None).fit(X, y).set_params(gate=Arbitration(0.1))
     assert rails.respond(X[:2]).p_values is None  # until the next fit
-    rails.set_params(arbitration=0.0005)
-    with pytest.warns(UserWarning, match="needs 1999 rows to judge by, but there are 600") as told:
+    rails.set_params(gate=Arbitration(0.0005))
+    with pytest.warns(
+        UserWarning, match="alpha=0.0005 needs 1999 samples to judge by, but there are 600"
+    ) as told:
         rails.fit(X, y)
     assert told[0].filename == __file__
     for wrong in (0, 1, -0.5, "always"):
-        with pytest.raises(ValueError, match="'arbitration' parameter"):
-            RAILSClassifier(network, arbitration=wrong, **CHEAP).fit(X, y)
-    rails.set_params(arbitration=5e-324)
-    with pytest.warns(UserWarning, match=r"arbitration=5e-324 needs .* rows to judge by"):
+        with pytest.raises(ValueError, match="'alpha' parameter of Arbitration"):
+            RAILSClassifier(network, gate=Arbitration(wrong), **CHEAP).fit(X, y)
+    rails.set_params(gate=Arbitration(5e-324))
+    with pytest.warns(UserWarning, match=r"alpha=5e-324 needs .* samples to judge by"):
         rails.fit(X, y)
 
 
@@ -181,18 +186,22 @@ def test_training_rows_that_judge_are_drawn_at_random():
     rng = np.random.default_rng(0)
     y = np.arange(5000) % 10
     X = np.where((y == 0)[:, None], 10.0, 0.0) + rng.normal(size=(5000, 2))
-    drawn = spread_rows(X, 1000)
-    assert drawn.dtype == torch.int64
+    drawn = sample_rows(len(X), 1000, rng=0)
+    assert drawn.dtype == np.int64
     assert abs((y[drawn] == 0).mean() - 0.1) < 5 * np.sqrt(0.1 * 0.9 / 1000)
-    assert spread_rows(range(2**24 + 4), 1000).max() < 2**24 + 4
-    assert_array_equal(spread_rows(X[:9], 9), np.arange(9))
+    assert sample_rows(2**24 + 4, 1000, rng=0).max() < 2**24 + 4
+    assert_array_equal(sample_rows(9, 9, rng=0), np.arange(9))
     rows = []
     for seed in (0, 0, 1):
         rails = RAILSClassifier(
-            FirstOfTen(), layers="input", arbitration=0.1, population_size=20, random_state=seed
+            FirstOfTen(),
+            layers="input",
+            gate=Arbitration(0.1),
+            population_size=20,
+            random_state=seed,
         )
         rails.fit(X, y)
-        rows.append(rails._calibration)
+        rows.append(rails.engine_.gate.calibration_)
         assert len(rows[-1]) == 1000
     assert_array_equal(rows[0], rows[1])
     assert (rows[0] != rows[2]).any()
@@ -208,7 +217,7 @@ class FirstOfTen(nn.Module):
 
 def test_features_of_many_rows_are_never_held_at_once(task, monkeypatch):
     network, X, y, new, _ = task
-    rails = RAILSClassifier(network, arbitration=0.2, **CHEAP).fit(X, y)
+    rails = RAILSClassifier(network, gate=Arbitration(0.2), **CHEAP).fit(X, y)
     expected = rails.respond(new[:60]).p_values
     n_rows, features_of = [], FeatureMap.__call__
 
@@ -219,15 +228,16 @@ def test_features_of_many_rows_are_never_held_at_once(task, monkeypatch):
     monkeypatch.setattr(FeatureMap, "__call__", counting)
     row_bytes = rails._features.row_bytes
     with config_context(working_memory=_blocks.BLOCKS_HELD * 25 * row_bytes / 2**20):
-        assert_array_equal(rails._judge_training_rows(X.reshape(600, -1)), rails._calibration)
-        assert_array_equal(rails._arbitrate(new[:60].reshape(60, -1))[1], expected)
+        gate = Arbitration(0.2).calibrate(rails.engine_.layers, X.reshape(600, -1), rails.seed_)
+        assert_array_equal(gate.calibration_, rails.engine_.gate.calibration_)
+        assert_array_equal(rails.respond(new[:60]).p_values, expected)
     assert max(n_rows) == 25
 
 
 @pytest.mark.parametrize("labels", [np.zeros(40), np.full(40, "only")])
 def test_one_class_and_a_network_of_one_output(labels):
     X = np.random.default_rng(0).normal(size=(40, 4))
-    rails = RAILSClassifier(nn.Linear(4, 1), arbitration=0.2, random_state=0).fit(X, labels)
+    rails = RAILSClassifier(nn.Linear(4, 1), gate=Arbitration(0.2), random_state=0).fit(X, labels)
     assert_array_equal(rails.predict(X), labels)
     # No other class can be nearer.
     assert_array_equal(rails.respond(X).p_values, 1)

@@ -15,6 +15,7 @@ from sklearn_rails import (
     ThreatScorer,
     TorchFeatureExtractor,
 )
+from sklearn_rails.immune import Triage
 
 NET = FrozenModule(AnyWidth())
 
@@ -23,7 +24,7 @@ ESTIMATORS = [
     RAILSClassifier(NET, layers=["first", "second"], population_size=50, random_state=0),
     RAILSClassifier(NET, start_layer="first", early_stopping=False, random_state=0),
     RAILSClassifier(selection="class_balanced", crossover="uniform", threat_scorer=ThreatScorer()),
-    RAILSClassifier(threat_scorer=ThreatScorer(method="distance"), triage=True, random_state=0),
+    RAILSClassifier(threat_scorer=ThreatScorer(method="distance"), gate=Triage(), random_state=0),
     DkNNClassifier(),
     DkNNClassifier(NET, layers=["first", "second"], calibration="leave-one-out"),
     ThreatScorer(),

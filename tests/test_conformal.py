@@ -21,7 +21,7 @@ scores = st.lists(st.integers(0, 8), min_size=1, max_size=30)
 
 @settings(deadline=None)
 @given(calibration=scores, asked=scores)
-def test_p_values_count_the_rows_that_conform_no_better(calibration, asked):
+def test_p_values_count_the_samples_that_conform_no_better(calibration, asked):
     calibration, asked = np.sort(calibration), np.array(asked)
     at_least = np.array([(calibration >= s).sum() for s in asked])
     n = len(calibration)
@@ -31,8 +31,8 @@ def test_p_values_count_the_rows_that_conform_no_better(calibration, asked):
 
 @settings(deadline=None)
 @given(values=scores)
-def test_p_values_of_exchangeable_rows_are_uniform_or_larger(values):
-    # Any of the rows is equally likely to be the new one, so counting them all is the probability.
+def test_p_values_of_exchangeable_samples_are_uniform_or_larger(values):
+    # Each of the samples is equally likely to be the new one, so their share is the probability.
     values = np.array(values)
     p = np.array(
         [conformal_p_values(v, np.sort(np.delete(values, i))) for i, v in enumerate(values)]
@@ -43,7 +43,7 @@ def test_p_values_of_exchangeable_rows_are_uniform_or_larger(values):
 
 @settings(deadline=None)
 @given(calibration=scores, asked=st.lists(st.floats(-5, 50), min_size=2, max_size=20))
-def test_evidence_grows_with_the_score_and_is_that_of_the_p_value(calibration, asked):
+def test_evidence_increases_with_the_score_and_is_minus_the_log_p_value(calibration, asked):
     scale = ConformalScale(np.array(calibration, dtype=float))
     asked = np.sort(asked)
     evidence = scale(asked)
@@ -59,7 +59,7 @@ def test_evidence_grows_with_the_score_and_is_that_of_the_p_value(calibration, a
 @pytest.mark.parametrize(
     "rng", [3, np.random.RandomState(3), np.random.default_rng(3)], ids=["int", "state", "gen"]
 )
-def test_sampled_positions_are_sorted_distinct_and_all_over(rng):
+def test_sampled_positions_are_sorted_distinct_and_spread(rng):
     n = 2**24 + 5
     rows = sample_rows(n, 1000, rng)
     assert rows.dtype == np.int64
@@ -67,16 +67,16 @@ def test_sampled_positions_are_sorted_distinct_and_all_over(rng):
     assert (np.diff(rows) > 0).all()
     assert rows[0] >= 0
     assert n - 2**18 < rows[-1] < n
-    # As even as odd ones, up to 5 standard deviations: equal steps are not.
+    # Half of them are odd, within 5 standard deviations; positions at equal steps would fail.
     assert abs((rows % 2).mean() - 0.5) < 5 * 0.5 / 1000**0.5
 
 
 @pytest.mark.parametrize("size", [7, 8, 10**12])
-def test_a_sample_of_all_rows_is_all_rows(size):
+def test_a_sample_of_all_positions_is_all_positions(size):
     assert_array_equal(sample_rows(7, size, 0), np.arange(7))
 
 
-def test_samples_are_a_matter_of_the_seed():
+def test_the_seed_determines_the_sample():
     assert_array_equal(sample_rows(1000, 10, 5), sample_rows(1000, 10, 5))
     assert (sample_rows(1000, 10, 5) != sample_rows(1000, 10, 6)).any()
     counts = np.bincount(
@@ -87,7 +87,7 @@ def test_samples_are_a_matter_of_the_seed():
 
 @settings(deadline=None)
 @given(calibration=scores, percent=st.integers(1, 99))
-def test_scores_above_the_threshold_are_those_of_p_values_up_to_alpha(calibration, percent):
+def test_scores_above_the_threshold_have_p_values_up_to_alpha(calibration, percent):
     calibration = np.sort(calibration).astype(float)
     asked = np.arange(-1.0, 10)
     n_needed = Fraction(percent, 100) * (len(calibration) + 1)
@@ -102,19 +102,19 @@ def test_scores_above_the_threshold_are_those_of_p_values_up_to_alpha(calibratio
     # 0.29 * 100 is 28.999999999999996 in floating point, and the largest alpha times 100 is 100.
     [(0.07, 6), (0.29, 28), (np.float32(0.29), 28), (np.nextafter(1, 0), 98)],
 )
-def test_thresholds_are_those_of_exact_fractions(alpha, n_above):
+def test_thresholds_are_computed_with_exact_fractions(alpha, n_above):
     assert conformal_threshold(np.arange(99.0), alpha) == 98 - n_above
 
 
 @pytest.mark.parametrize("alpha", [5e-324, 1e-300, np.float64(5e-324)])
-def test_a_tiny_alpha_has_no_threshold_and_says_so(alpha):
+def test_a_tiny_alpha_has_an_infinite_threshold_and_warns(alpha):
     assert conformal_threshold(np.arange(99.0), alpha) == np.inf
-    with pytest.warns(UserWarning, match=r"level=.*e-3\d\d needs .*e\+3\d\d of them") as told:
+    with pytest.warns(UserWarning, match=r"level=.*e-3\d\d needs .*e\+3\d\d of them") as caught:
         warn_of_few_rows("level", alpha, 99, "of them")
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
 
 
-def test_enough_rows_are_no_reason_to_warn():
+def test_enough_calibration_samples_cause_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_few_rows("alpha", 0.05, 19, "rows")
@@ -127,7 +127,7 @@ floats = st.floats(allow_nan=False) | st.sampled_from([0.0, 5e-324, 1e-308, 1e30
 
 @settings(deadline=None)
 @given(calibration=st.lists(floats, min_size=1, max_size=12), asked=st.lists(floats, max_size=12))
-def test_evidence_keeps_the_order_of_scores_and_is_finite(calibration, asked):
+def test_evidence_is_finite_and_ordered_as_the_scores(calibration, asked):
     calibration = np.array(calibration)
     scale = ConformalScale(calibration)
     near = np.concatenate([np.nextafter(calibration, sign * np.inf) for sign in (-1, 1)])
@@ -140,7 +140,7 @@ def test_evidence_keeps_the_order_of_scores_and_is_finite(calibration, asked):
     assert (evidence[~known] == MAX_EVIDENCE).all()
 
 
-def test_scores_that_cannot_be_compared_have_the_most_evidence():
+def test_scores_that_cannot_be_compared_have_the_highest_evidence():
     scale = ConformalScale(np.array([1.0, 2.0, np.nan, np.inf]))
     evidence = scale(np.array([np.nan, -np.inf, np.inf, 1e300, 1.0]))
     assert_array_equal(evidence[:2], MAX_EVIDENCE)
@@ -149,12 +149,12 @@ def test_scores_that_cannot_be_compared_have_the_most_evidence():
     assert_allclose(evidence[4], 0)
 
 
-def test_nan_conforms_least():
+def test_nan_has_the_lowest_p_value():
     calibration = np.array([0.0, 1.0, np.nan])
     assert_allclose(conformal_p_values(np.array([0.0, 2.0, np.nan]), calibration), [1, 0.5, 0.5])
 
 
-def test_infinite_scores_that_do_not_set_the_scale_are_known():
+def test_infinite_calibration_scores_outside_the_scale_are_comparable():
     scale = ConformalScale(np.array([1.0, 2.0, np.inf], dtype=np.float32), np.array([0, 1]))
     evidence = scale(np.array([2.0, 3.0, np.inf, -np.inf]))
     assert_allclose(evidence[0], -np.log(2 / 3))
@@ -162,7 +162,7 @@ def test_infinite_scores_that_do_not_set_the_scale_are_known():
     assert evidence[3] == MAX_EVIDENCE
 
 
-def test_scores_that_differ_by_rounding_are_ties():
+def test_scores_that_differ_only_by_rounding_are_ties():
     calibration = np.repeat([1.0, 2.0, 3.0], 20) * (1 + 1e-12 * np.arange(60))
     scale = ConformalScale(calibration)
     for value, p_value in ((1.0, 1.0), (2.0, 41 / 61), (3.0, 21 / 61)):

@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
-from sklearn_rails.features import mapping
-from sklearn_rails.immune.maturation import Domain, Schedule, mature, mutation_steps
-from sklearn_rails.immune.random import generation_uniforms
-from sklearn_rails.neighbors.affinity import affinity_to
-from sklearn_rails.sensing.detectors import SENSORS
+from sklearn_rails.features import follow, mapping
+from sklearn_rails.immune import Arbitration
+from sklearn_rails.immune.maturation import Schedule, mature
+from sklearn_rails.immune.operators import Domain
+from sklearn_rails.immune.random import Mutation, RandomStream
+from sklearn_rails.neighbors import resolve_affinity
+from sklearn_rails.sensing import DETECTORS
 
 IMAGE = (1, 8, 8)
 SHAPE = (40, 64)
@@ -35,27 +37,19 @@ def breed(device, **changes):
     settings = {"selection": "global", "crossover": "affinity", "early_stopping": False}
     settings |= changes
 
-    def draw(generation):
-        drawn = {k: u.to(device) for k, u in generation_uniforms(0, 0, generation, *SHAPE).items()}
-        return {**drawn, "steps": mutation_steps(drawn["mutate"], 0.2, 0.05, 0.15, 1.0)}
-
     return mature(
         cells,
         torch.arange(40, device=device) // 4,
-        measure=lambda cells, rows: network.affinities(
-            cells,
-            "conv2",
-            antigens.index_select(0, rows),
-            functools.partial(affinity_to, "euclidean"),
-            any_order=True,
+        antigens,
+        affinities=functools.partial(
+            network.affinities, layer="conv2", affinity=resolve_affinity("euclidean")
         ),
-        draw=draw,
+        stream=RandomStream(0, 0, SHAPE, Mutation(0.2, 0.05, 0.15), 1.0),
         tau=0.5,
-        schedule=Schedule(generations=3, n_plasma=2, **settings),
+        schedule=Schedule(population_size=40, generations=3, n_plasma=2, n_memory=10, **settings),
         domain=Domain(1.0, np.zeros(64), np.ones(64)).on(cells),
         n_classes=10,
         keep_cells=True,
-        on_decided=lambda n_rows: None,
     )
 
 
@@ -104,7 +98,7 @@ def faked(monkeypatch):
     monkeypatch.setattr(FakeTensor, "__getitem__", take)
     monkeypatch.setattr(FakeTensor, "__setitem__", put)
     # Reads every weight.
-    monkeypatch.setattr(mapping, "checksum", lambda *_: ("", ""))
+    monkeypatch.setattr(follow, "checksum", lambda *_: ("", ""))
     # To ask for a number, or for a shape that depends on numbers, fails; so does an operation on
     # tensors of two devices.
     with FakeTensorMode(allow_non_fake_inputs=True), NoWaiting():
@@ -147,7 +141,7 @@ def test_a_gpu_gives_the_answers_of_the_cpu(conv_net, digits, early_stopping):
         random_state=0,
     )
     dknn = DkNNClassifier(conv_net, layers="conv2", input_shape=IMAGE, random_state=0)
-    arbitrating = clone(rails).set_params(arbitration=0.2)
+    arbitrating = clone(rails).set_params(gate=Arbitration(0.2))
     for estimator in (rails, arbitrating, dknn):
         on_host = clone(estimator).set_params(device="cpu").fit(X[:300], y[:300])
         on_gpu = clone(estimator).set_params(device="cuda").fit(X[:300], y[:300])
@@ -158,7 +152,7 @@ def test_a_gpu_gives_the_answers_of_the_cpu(conv_net, digits, early_stopping):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("method", SENSORS)
+@pytest.mark.parametrize("method", DETECTORS)
 def test_a_gpu_gives_the_threat_scores_of_the_cpu(conv_net, digits, method):
     X, y = digits
     scorer = ThreatScorer(

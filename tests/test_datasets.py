@@ -71,7 +71,7 @@ def test_digits_are_images_in_a_stratified_split():
     assert digits.name == "Digits (1,347 / 450)"
 
 
-def test_digits_split_as_told():
+def test_digits_are_split_by_size_and_seed():
     first = load_digit_images(test_size=100, random_state=1)
     again = load_digit_images(test_size=100, random_state=1)
     other = load_digit_images(test_size=100, random_state=2)
@@ -97,13 +97,13 @@ def test_colour_images_get_their_channels_first(tmp_path, offline):
     np.testing.assert_allclose(data.X_train[2, 1], images[2, :, :, 1] / 255, rtol=1e-6)
 
 
-def test_a_subset_is_called_one(tmp_path, offline):
+def test_the_name_of_a_subset_says_so(tmp_path, offline):
     images = gradient_images(16, (32, 32, 3))
     save(tmp_path / "svhn_subset.npz", images[:12], images[12:])
     assert fetch_image_benchmark("svhn", tmp_path).name == "SVHN subset (12 / 4)"
 
 
-def test_the_file_of_the_benchmarks_own_name_comes_first(tmp_path, offline):
+def test_the_file_named_after_the_benchmark_comes_first(tmp_path, offline):
     images = gradient_images(16, (32, 32, 3))
     save(tmp_path / "svhn_subset.npz", images[:12], images[12:])
     save(tmp_path / "svhn.npz", images[:10], images[10:])
@@ -155,7 +155,7 @@ def test_a_file_without_labels_says_what_it_must_hold(tmp_path):
         ("random_state", 0.5),
     ],
 )
-def test_bad_parameters_of_the_digits_are_named(parameter, value):
+def test_invalid_parameters_of_the_digits_are_refused(parameter, value):
     with pytest.raises(ValueError, match=parameter):
         load_digit_images(**{parameter: value})
 
@@ -242,14 +242,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_file_that_is_damaged_or_of_another_kind_is_refused_by_name(tmp_path, offline, kind):
+def test_damaged_and_other_files_are_refused_by_name(tmp_path, offline, kind):
     content, message = DAMAGED[kind]
     (tmp_path / "mnist.npz").write_bytes(content())
     with pytest.raises(ValueError, match=rf"mnist\.npz .*{message}(.|\n)* It must hold x_train"):
         fetch_image_benchmark("mnist", tmp_path)
 
 
-def test_an_array_larger_than_any_benchmark_is_not_unpacked(tmp_path, offline, monkeypatch):
+def test_an_array_larger_than_any_benchmark_is_not_decompressed(tmp_path, offline, monkeypatch):
     (tmp_path / "mnist.npz").write_bytes(npz(compressed=True))
     monkeypatch.setattr(_images, "MAX_ARRAY_BYTES", 1000)
     with pytest.raises(ValueError, match="x_train cannot be read: it has more than 1,000 bytes"):
@@ -257,7 +257,7 @@ def test_an_array_larger_than_any_benchmark_is_not_unpacked(tmp_path, offline, m
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_a_flipped_bit_is_an_error_or_changes_nothing(tmp_path, offline, compressed):
+def test_a_flipped_bit_is_an_error_or_has_no_effect(tmp_path, offline, compressed):
     (tmp_path / "mnist.npz").write_bytes(npz(compressed))
     whole = fetch_image_benchmark("mnist", tmp_path)
     n_refused, rng = 0, np.random.default_rng(0)
@@ -276,7 +276,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(tmp_path, offline, compres
     assert n_refused > 100
 
 
-def test_grey_images_may_have_a_channel(tmp_path, offline):
+def test_grey_images_may_have_a_channel_axis(tmp_path, offline):
     images = gradient_images(16, (28, 28, 1))
     (tmp_path / "mnist.npz").write_bytes(npz(x_train=images[:12], x_test=images[12:]))
     check_fields(fetch_image_benchmark("mnist", tmp_path), (1, 28, 28), 12, 4)
@@ -343,7 +343,7 @@ BAD_JPEG = {
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", BAD_JPEG)
-def test_jpeg_files_that_are_none_are_refused_by_name(jpeg_home, offline, monkeypatch, kind):
+def test_invalid_jpeg_files_are_refused_by_name(jpeg_home, offline, monkeypatch, kind):
     path = jpeg_home[0] / "cifar10_jpeg.npz"
     arrays = dict(np.load(path))
     change, message = BAD_JPEG[kind]

@@ -34,7 +34,7 @@ def test_the_demo_writes_its_table(small_run):
     assert all(row["robust_accuracy"] > network["robust_accuracy"] for row in defences)
 
 
-def test_the_demo_draws_its_figure(small_run):
+def test_the_demo_writes_its_figure(small_run):
     image = mpl.image.imread(small_run / "response.png")
     assert min(image.shape[:2]) > 300
     assert image.std() > 0.05
@@ -46,7 +46,7 @@ def network():
     return demo.train_network(digits.X_train, digits.y_train, max_epochs=2, verbose=0), digits
 
 
-def test_attacked_images_stay_in_the_ball_and_in_the_range(network):
+def test_attacked_images_are_in_the_ball_and_in_the_range(network):
     net, digits = network
     X, y = digits.X_test[:20], digits.y_test[:20]
     attacked = demo.pgd(net, X, y, eps=0.1, step=0.05, max_iter=4)
@@ -69,7 +69,7 @@ def test_the_same_seed_trains_the_same_network(network):
     assert not np.allclose(net.predict_proba(X), other.predict_proba(X), atol=1e-3)
 
 
-def test_clean_and_attacked_rows_are_counted_apart():
+def test_clean_and_attacked_accuracy_are_separate():
     X, y = np.zeros((4, 1, 2, 2)), np.array([0, 0, 0, 1])
     zeros = DummyClassifier(strategy="constant", constant=0).fit(X, y)
 

@@ -192,7 +192,7 @@ def test_a_fitted_estimator_pickles_its_network_once(images):
     saved = pickle.dumps(extractor)
     assert len(saved) < 1.1 * n_bytes
     loaded = pickle.loads(saved)
-    assert loaded._features._module is loaded.module
+    assert loaded._features._followed.module is loaded.module
 
 
 def test_threads_may_share_an_extractor(conv_net, images):

@@ -10,6 +10,7 @@ from numpy.testing import assert_array_equal
 from torch import nn
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer, TorchFeatureExtractor
+from sklearn_rails.neighbors import ExactNeighbors
 
 SHAPE = (1, 5, 6)
 
@@ -244,7 +245,7 @@ def test_integers_are_numbers_for_a_network_that_takes_floats(network, task):
         (RAILSClassifier(population_size=10**30), "'population_size' parameter"),
         (RAILSClassifier(n_jobs=10**30), "'n_jobs' parameter"),
         (RAILSClassifier(threat_scorer=ThreatScorer), "threat_scorer must be an estimator"),
-        (RAILSClassifier(storage=""), "storage=''"),
+        (RAILSClassifier(algorithm=ExactNeighbors("")), "storage=''"),
         (RAILSClassifier(layers={"input"}), "layers=.* has no order"),
         (RAILSClassifier(affinity=lambda a, b: (a - b).norm(dim=1) * 1j), "real numbers"),
         (DkNNClassifier(batch_size=10**30), "'batch_size' parameter"),
@@ -266,7 +267,7 @@ def test_parameters_at_their_bounds_are_taken(task):
     X, y = task
     X = X.reshape(60, -1)
     smallest = np.nextafter(0, 1)
-    with pytest.warns(UserWarning, match=r"alpha=5e-324 needs 2\.0\d*e\+323 calibration rows"):
+    with pytest.warns(UserWarning, match=r"alpha=5e-324 needs 2\.0\d*e\+323 calibration samples"):
         ThreatScorer(alpha=smallest).fit(X)
     RAILSClassifier(n_neighbors=10**30, clip=(-np.inf, np.inf), tau=1e300).fit(X, y).predict(X)
     learned = nn.Parameter(torch.ones(30))

@@ -40,7 +40,7 @@ def shown(ax):
     return np.asarray(ax.images[0].get_array())
 
 
-def test_one_row_of_pictures_for_each_input(grey):
+def test_each_input_has_a_row_of_images(grey):
     rails, X, y = grey
     queries = 1 - X[:4]
     predicted = rails.predict(queries)
@@ -67,7 +67,7 @@ def test_one_row_of_pictures_for_each_input(grey):
         assert np.isnan(curve[len(drawn) :]).all()
 
 
-def test_no_second_neighbour_where_the_network_agrees(grey):
+def test_the_networks_neighbour_is_hidden_if_the_network_agrees(grey):
     rails, X, _ = grey
     display = ImmuneResponseDisplay.from_estimator(
         rails, X[:3], X_train=X, network_labels=rails.predict(X[:3])
@@ -76,14 +76,14 @@ def test_no_second_neighbour_where_the_network_agrees(grey):
     assert "network" in display.axes_[0, 2].get_title()
 
 
-def test_labels_may_be_left_out(grey):
+def test_labels_are_optional(grey):
     rails, X, _ = grey
     display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, n_plasma=0)
     assert display.axes_.shape == (2, 3)
     assert display.axes_[0, 0].get_xlabel() == f"RAILS {display.response.labels[0]}"
 
 
-def test_plot_again_on_a_figure_of_ones_own(grey):
+def test_plot_again_on_a_given_figure(grey):
     rails, X, _ = grey
     display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
     first = display.figure_
@@ -95,7 +95,7 @@ def test_plot_again_on_a_figure_of_ones_own(grey):
 
 
 @pytest.mark.parametrize("as_given", [np.asarray, torch.from_numpy, lambda X: X.reshape(30, -1)])
-def test_colour_images_and_flat_rows_and_tensors(as_given):
+def test_colour_images_flat_samples_and_tensors(as_given):
     X, y = images_and_labels(30, (3, 5, 4))
     rails = make_rails(X.reshape(30, -1), y, input_shape=(3, 5, 4))
     given = as_given(X)
@@ -104,7 +104,7 @@ def test_colour_images_and_flat_rows_and_tensors(as_given):
     assert shown(display.axes_[0, -2]).shape == (5, 4, 3)
 
 
-def test_rows_of_pixels_without_channels():
+def test_images_without_a_channel_axis():
     X, y = images_and_labels(30, (5, 4))
     display = ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2], X_train=X)
     np.testing.assert_array_equal(shown(display.axes_[1, 0]), X[1])
@@ -123,7 +123,7 @@ def test_the_layer_can_be_chosen():
         ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, layer="1")
 
 
-def test_cells_of_a_hidden_layer_are_left_out():
+def test_cells_of_a_hidden_layer_are_not_shown():
     X, y = images_and_labels(30, (1, 6, 6))
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
     rails = make_rails(X, y, feature_extractor=network, layers="2", start_layer="0")
@@ -133,13 +133,13 @@ def test_cells_of_a_hidden_layer_are_left_out():
     assert display.axes_.shape == (2, 3)
 
 
-def test_other_training_images_are_noticed(grey):
+def test_other_training_images_are_refused(grey):
     rails, X, _ = grey
-    with pytest.raises(ValueError, match="29 rows, but the classifier was fitted on 30"):
+    with pytest.raises(ValueError, match="29 samples, but the classifier was fitted on 30"):
         ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X[1:])
 
 
-def test_labels_that_do_not_fit_are_noticed(grey):
+def test_labels_of_another_length_or_class_are_refused(grey):
     rails, X, y = grey
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, y=y)
@@ -147,13 +147,13 @@ def test_labels_that_do_not_fit_are_noticed(grey):
         ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, network_labels=["emu", "cow"])
 
 
-def test_rows_that_are_no_images_say_so():
+def test_samples_that_are_not_images_are_refused():
     X, y = images_and_labels(30, (36,))
     with pytest.raises(ValueError, match=r"shape \(36,\) are not images"):
         ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2], X_train=X)
 
 
-def test_an_unfitted_classifier_says_so():
+def test_an_unfitted_classifier_is_refused():
     with pytest.raises(NotFittedError):
         ImmuneResponseDisplay.from_estimator(RAILSClassifier(), None, X_train=None)
 

@@ -12,6 +12,7 @@ from numpy.testing import assert_array_equal
 from sklearn import config_context
 
 from sklearn_rails import RAILSClassifier
+from sklearn_rails.neighbors import ExactNeighbors
 
 PLAIN = {"layers": ["conv1", "conv2"], "population_size": 60, "generations": 4, "random_state": 0}
 PLAIN |= {"early_stopping": False, "batch_size": 16, "input_shape": (1, 8, 8)}
@@ -39,20 +40,21 @@ def task(digits):
         {"n_jobs": 2},
         {"dtype": "float64"},
         {"algorithm": "brute"},
-        {"storage": "float16"},
-        {"storage": "float16", "start_layer": "norm1", "layers": "conv2"},
-        {"storage": "a folder"},
+        {"algorithm": ExactNeighbors("float16")},
+        {"algorithm": ExactNeighbors("float16"), "start_layer": "norm1", "layers": "conv2"},
+        {"algorithm": ExactNeighbors("a folder")},
         pytest.param({"device": "cuda"}, marks=needs_gpu),
-        pytest.param({"device": "cuda", "storage": "float16"}, marks=needs_gpu),
-        pytest.param({"device": "cuda", "storage": "a folder"}, marks=needs_gpu),
+        pytest.param({"device": "cuda", "algorithm": ExactNeighbors("float16")}, marks=needs_gpu),
+        pytest.param({"device": "cuda", "algorithm": ExactNeighbors("a folder")}, marks=needs_gpu),
     ],
     ids=str,
 )
 def test_every_mode_gives_the_labels_of_the_plain_path(task, mode, tmp_path):
     network, X, y, new, expected = task
-    mode = {k: tmp_path if v == "a folder" else v for k, v in mode.items()}
+    if getattr(mode.get("algorithm"), "storage", None) == "a folder":
+        mode = {**mode, "algorithm": ExactNeighbors(tmp_path)}
     if "start_layer" in mode:
-        plain = {**PLAIN, **mode, "storage": "memory"}
+        plain = {**PLAIN, **mode, "algorithm": "auto"}
         expected = RAILSClassifier(network, **plain).fit(X, y).predict(new)
     assert_array_equal(
         RAILSClassifier(network, **{**PLAIN, **mode}).fit(X, y).predict(new), expected
@@ -93,25 +95,35 @@ def test_a_saved_bank_is_not_read_into_memory(task, tmp_path):
     rails = RAILSClassifier(network, **PLAIN).fit(X, y)
     joblib.dump(rails, tmp_path / "rails.joblib")
     mapped = joblib.load(tmp_path / "rails.joblib", mmap_mode="r")
-    assert is_mapped(mapped.neighbors_["conv2"]._examples, tmp_path)
-    assert not is_mapped(rails.neighbors_["conv2"]._examples, tmp_path)
+    assert is_mapped(mapped.neighbors_["conv2"].store.examples, tmp_path)
+    assert not is_mapped(rails.neighbors_["conv2"].store.examples, tmp_path)
 
 
 @on_linux
 def test_features_in_a_folder_take_a_file_that_leaves_nothing_behind(task, tmp_path):
     network, X, y, _, _ = task
-    rails = RAILSClassifier(network, **{**PLAIN, "storage": str(tmp_path)}).fit(X, y)
-    assert is_mapped(rails.neighbors_["conv2"]._examples, tmp_path)
+    rails = RAILSClassifier(network, **{**PLAIN, "algorithm": ExactNeighbors(str(tmp_path))}).fit(
+        X, y
+    )
+    assert is_mapped(rails.neighbors_["conv2"].store.examples, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"storage": "flaot16"}, "storage='flaot16' must be 'memory', 'float16' or a folder"),
-        ({"storage": 3}, "'storage' parameter"),
-        ({"storage": "float16", "algorithm": "brute"}, "needs algorithm='auto'.*'brute'"),
-        ({"storage": "float16", "affinity": lambda a, b: (a * b).sum(dim=1)}, "affinity of your"),
+        (
+            {"algorithm": ExactNeighbors("flaot16")},
+            "storage='flaot16' must be 'memory', 'float16' or a folder",
+        ),
+        ({"algorithm": ExactNeighbors(3)}, "'storage' parameter of ExactNeighbors"),
+        (
+            {
+                "algorithm": ExactNeighbors("float16"),
+                "affinity": lambda a, b: (a * b).sum(dim=1),
+            },
+            "affinity of your",
+        ),
     ],
 )
 def test_what_cannot_be_stored_so_is_named(task, settings, message):

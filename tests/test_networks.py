@@ -22,8 +22,8 @@ from sklearn_rails import (
     TorchFeatureExtractor,
 )
 from sklearn_rails.attacks import AdaptiveKNNAttack
-from sklearn_rails.features.copying import plain_module
-from sklearn_rails.features.truncation import _find_tensor
+from sklearn_rails.features.contents import plain_module
+from sklearn_rails.features.outputs import find_tensor
 
 N_SAMPLES = 36
 
@@ -73,7 +73,7 @@ def plain_forward(specimen, X):
     kept = {}
 
     def keep(name, output):
-        kept.setdefault(name, []).append(_find_tensor(output).clone())
+        kept.setdefault(name, []).append(find_tensor(output).clone())
 
     for name, layer in network.named_modules():
         if name in specimen.layers:
@@ -265,7 +265,7 @@ def test_samples_that_a_network_fails_on_are_named():
 @pytest.mark.slow
 def test_checksums_are_the_same_in_every_process():
     code = (
-        "import torch, networks; from sklearn_rails.features.copying import checksum\n"
+        "import torch, networks; from sklearn_rails.features.contents import checksum\n"
         "for specimen in networks.ZOO.values():\n"
         "    torch.manual_seed(0); print(checksum(specimen.make()))"
     )

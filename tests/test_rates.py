@@ -11,6 +11,7 @@ from torch import nn
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails._conformal import conformal_p_values
+from sklearn_rails.immune import Arbitration
 
 LEVELS = (0.05, 0.1, 0.2, 0.5)
 
@@ -111,13 +112,15 @@ def p_values_of_arbitration(kind, n, n_fits, n_new):
         rails = RAILSClassifier(
             module,
             layers="0",
-            arbitration=0.2,
+            gate=Arbitration(0.2),
             n_neighbors=3,
             population_size=10,
             random_state=seed,
         )
         rails.fit(X, y)
-        p_values[seed] = rails._arbitrate(np.float32(draw(rng, n_new, kind)[0]))[1]
+        p_values[seed] = rails.engine_.screen(np.float32(draw(rng, n_new, kind)[0]), None)[
+            1
+        ].p_values
     return p_values
 
 

@@ -1,5 +1,6 @@
 """remember, forget and partial_fit."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
+from sklearn_rails.immune import Arbitration
 from sklearn_rails.immune.response import ImmuneResponse
 
 CHEAP = {"population_size": 40, "generations": 2, "random_state": 0}
@@ -54,7 +56,10 @@ def test_remembered_cells_are_flocked_as_training_rows_are(split, rails):
     expected, expected_indices = other.kneighbors(new)
     assert_allclose(distances["input"], expected["input"], rtol=1e-5)
     assert_array_equal(indices["input"], expected_indices["input"])
-    other.tau_ = rails.tau_
+    layers = zip(other.engine_.layers, rails.engine_.layers, strict=True)
+    other.engine_ = dataclasses.replace(
+        other.engine_, layers=tuple(dataclasses.replace(a, tau=b.tau) for a, b in layers)
+    )
     assert_array_equal(other.predict_proba(new), rails.predict_proba(new))
 
 
@@ -144,9 +149,9 @@ def test_nothing_is_remembered_of_what_does_not_fit(split, rails, conv_net):
         rails.remember(response, y_new[:-1])
     with pytest.raises(ValueError, match="confidence=2 must be between 0 and 1"):
         rails.remember(response, confidence=2)
-    with pytest.raises(TypeError, match="response must be what respond gave, got ndarray"):
+    with pytest.raises(TypeError, match="response must be what respond returned, got ndarray"):
         rails.remember(new)
-    assert rails.memory_ is before
+    assert rails.memory_ == before
     for method, args in (("remember", (response,)), ("forget", ())):
         with pytest.raises(NotFittedError):
             getattr(RAILSClassifier(), method)(*args)
@@ -251,11 +256,11 @@ def test_strings_are_strings_in_every_form(split, kinds):
     assert_array_equal(rails.predict(new), expected)
 
 
-@pytest.mark.parametrize("settings", [{}, {"arbitration": 0.3, "layers": "input"}])
+@pytest.mark.parametrize("settings", [{}, {"gate": Arbitration(0.3), "layers": "input"}])
 def test_a_class_without_samples_is_there_and_never_predicted(split, settings):
     X, y, new, _ = split
     some = y < 4
-    network = torch.nn.Linear(64, 10) if "arbitration" in settings else None
+    network = torch.nn.Linear(64, 10) if "gate" in settings else None
     rails = RAILSClassifier(network, **CHEAP | settings)
     rails.partial_fit(X[some], y[some], classes=np.arange(10))
     proba = rails.predict_proba(new)

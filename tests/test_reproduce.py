@@ -29,7 +29,7 @@ parameters = { layers = "conv1", population_size = 30 }
 name = "RAILS, arbitrating"
 kind = "RAILS"
 base = "RAILS"
-grid = { arbitration = [0.2, 0.5] }
+grid = { gate__alpha = [0.2, 0.5] }
 """,
     "attacks": ROWS
     + """
@@ -127,7 +127,7 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert [row["classifier"] for row in rows] == names
         assert [row["test rows"] for row in rows] == ["15", "15", "10", "15"]
         assert "population_size" in rows[3]["parameters"]
-        assert "arbitration" in rows[3]["parameters"]
+        assert "gate__alpha" in rows[3]["parameters"]
         assert "n_neighbors" in rows[1]["parameters"]
         assert rows[1]["robust against DkNN"] == ""
         assert "±" in rows[2]["robust against DkNN"]

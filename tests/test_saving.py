@@ -16,13 +16,14 @@ from sklearn_rails import (
     ThreatScorer,
     TorchFeatureExtractor,
 )
+from sklearn_rails.neighbors import ExactNeighbors
 
 
 @pytest.mark.parametrize(
     "estimator",
     [
         RAILSClassifier(population_size=30, threat_scorer=ThreatScorer(alpha=0.2), random_state=0),
-        RAILSClassifier(storage="float16", affinity="cosine", random_state=0),
+        RAILSClassifier(algorithm=ExactNeighbors("float16"), affinity="cosine", random_state=0),
         DkNNClassifier(random_state=0),
         ThreatScorer(method=["distance", "mahalanobis", "lid", "kernel_density"], alpha=0.2),
         TorchFeatureExtractor(),

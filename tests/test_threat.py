@@ -18,11 +18,11 @@ from torch import nn
 from sklearn_rails import RAILSClassifier, ThreatScorer
 from sklearn_rails.demo import train_network
 from sklearn_rails.features.mapping import FeatureMap
-from sklearn_rails.sensing.detectors import SENSORS
+from sklearn_rails.sensing import DETECTORS, Detector
 
 ANYWHERE = ["credibility", "distance", "kernel_density", "mahalanobis", "lid"]
 METHODS = [*ANYWHERE, ["credibility", "distance"], ANYWHERE]
-WITH_NETWORK = [*SENSORS, list(SENSORS)]
+WITH_NETWORK = [*DETECTORS, list(DETECTORS)]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def split(digits):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_alarms_on_clean_rows_are_as_rare_as_asked_for(split, method, with_labels):
+def test_false_alarm_rate_is_alpha(split, method, with_labels):
     X, y, new = split
     scorer = ThreatScorer(method=method, random_state=0)
     for alpha in (0.05, 0.2):
@@ -47,10 +47,10 @@ def test_alarms_on_clean_rows_are_as_rare_as_asked_for(split, method, with_label
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", WITH_NETWORK, ids=str)
-def test_alarms_with_a_network_are_as_rare_as_asked_for(split, method):
+def test_false_alarm_rate_with_a_network_is_alpha(split, method):
     X, y, new = split
     network = train_network(X[:300].reshape(-1, 1, 8, 8), y[:300], max_epochs=5, verbose=0)
-    # Not the rows that the network was trained on.
+    # Not the samples that the network was trained on.
     X, y = X[300:], y[300:]
     scorer = ThreatScorer(
         network, layers=["conv2", "fc"], method=method, input_shape=(1, 8, 8), random_state=0
@@ -74,7 +74,7 @@ def test_alarms_with_a_network_are_as_rare_as_asked_for(split, method):
         ("lid", 0.9),
     ],
 )
-def test_noise_is_more_suspect_than_clean_rows(split, method, auroc):
+def test_noise_is_more_suspect_than_clean_samples(split, method, auroc):
     X, y, new = split
     scorer = ThreatScorer(method=method, random_state=0).fit(X, y)
     noise = np.random.default_rng(0).uniform(size=(200, 64))
@@ -89,13 +89,13 @@ def test_the_distance_is_that_of_the_kth_neighbour_among_the_others(split):
     X, y, new = split
     scorer = ThreatScorer(method="distance", n_neighbors=4, random_state=0).fit(X, y)
     index = NearestNeighbors(n_neighbors=4).fit(normalize(X))
-    clean = np.sort(index.kneighbors()[0][:, -1])  # scikit-learn leaves a row itself out
+    clean = np.sort(index.kneighbors()[0][:, -1])  # scikit-learn leaves a sample itself out
     radius = index.kneighbors(normalize(new))[0][:, -1]
     p_values = (1 + (clean >= radius[:, None]).sum(axis=1)) / (1 + len(clean))
     assert_array_equal(scorer.predict(new) == -1, p_values <= 0.05)
 
 
-def test_scores_fit_together(split):
+def test_scores_transform_and_predict_agree(split):
     X, y, new = split
     scorer = ThreatScorer(method=["credibility", "distance"], random_state=0).fit(X, y)
     assert_array_equal(scorer.score_samples(new), -scorer.transform(new).sum(axis=1))
@@ -162,16 +162,16 @@ def test_a_search_over_methods_and_alpha(split):
     assert search.best_params_["method"] == "distance"
 
 
-def test_saved_scorers_answer_as_before(conv_net, split):
+def test_pickled_scorers_score_alike(conv_net, split):
     X, y, new = split
     scorer = ThreatScorer(
-        conv_net, layers=["conv1", "conv2"], method=list(SENSORS), input_shape=(1, 8, 8)
+        conv_net, layers=["conv1", "conv2"], method=list(DETECTORS), input_shape=(1, 8, 8)
     ).fit(X, y)
     loaded = pickle.loads(pickle.dumps(scorer))
     assert_array_equal(loaded.score_samples(new), scorer.score_samples(new))
 
 
-def test_too_few_rows_for_alpha_are_told():
+def test_too_few_samples_for_alpha_warn():
     X = np.random.default_rng(0).random((15, 2))
     y = np.arange(15) % 2
     scorer = ThreatScorer()
@@ -182,7 +182,7 @@ def test_too_few_rows_for_alpha_are_told():
         RAILSClassifier(threat_scorer=ThreatScorer()).fit,
         scorer.fit,
     ):
-        message = r"alpha=0.05 needs 19 calibration rows, but there are 15"
+        message = r"alpha=0.05 needs 19 calibration samples, but there are 15"
         with pytest.warns(UserWarning, match=message) as told:
             fit(X, y)
         assert [warning.filename for warning in told] == [__file__]
@@ -191,20 +191,20 @@ def test_too_few_rows_for_alpha_are_told():
 
 
 @pytest.mark.parametrize("alpha", [5e-324, np.float32(1e-6)])
-def test_a_tiny_alpha_raises_no_alarm(alpha):
+def test_nothing_is_flagged_at_a_tiny_alpha(alpha):
     X = np.random.default_rng(0).random((40, 2))
-    with pytest.warns(UserWarning, match="needs .* calibration rows, but there are 40"):
+    with pytest.warns(UserWarning, match="needs .* calibration samples, but there are 40"):
         scorer = ThreatScorer(alpha=alpha).fit(X)
     assert (scorer.predict(X + 100) == 1).all()
 
 
 @pytest.mark.parametrize(
-    ("alpha", "n_rows", "n_alarms"),
+    ("alpha", "n_samples", "n_alarms"),
     # 0.29 * 100 is 28.999999999999996, and so is the floor of 0.07 * 100 only by luck.
     [(0.29, 99, 28), (0.07, 99, 6), (np.nextafter(1, 0), 9, 8), (np.float32(0.1), 9, 0)],
 )
-def test_alarms_are_counted_in_exact_fractions(alpha, n_rows, n_alarms):
-    X = np.sort(np.random.default_rng(0).random((n_rows, 1)), axis=0) ** 3
+def test_flagged_samples_are_counted_in_exact_fractions(alpha, n_samples, n_alarms):
+    X = np.sort(np.random.default_rng(0).random((n_samples, 1)), axis=0) ** 3
     scorer = ThreatScorer(alpha=alpha, n_neighbors=2, random_state=0).fit(X)
     index = NearestNeighbors(n_neighbors=2).fit(np.float32(X))
     clean = np.sort(index.kneighbors()[0][:, -1])
@@ -214,15 +214,15 @@ def test_alarms_are_counted_in_exact_fractions(alpha, n_rows, n_alarms):
     assert_array_equal(scorer.predict(asked) == -1, expected)
 
 
-@pytest.mark.parametrize(("n_rows", "k"), [(2, 1), (3, 2), (10, 2), (41, 10), (300, 50)])
-def test_neighbours_are_a_quarter_of_few_rows(n_rows, k):
-    X = np.random.default_rng(0).random((n_rows, 2))
+@pytest.mark.parametrize(("n_samples", "k"), [(2, 1), (3, 2), (10, 2), (41, 10), (300, 50)])
+def test_neighbours_are_a_quarter_of_few_samples(n_samples, k):
+    X = np.random.default_rng(0).random((n_samples, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         assert ThreatScorer().fit(X).n_neighbors_ == k
 
 
-def test_fitting_and_predicting_at_once_takes_the_labels(split):
+def test_fit_predict_takes_the_labels(split):
     X, y, _ = split
     scorer = ThreatScorer(random_state=0)
     at_once = scorer.fit_predict(X, y)
@@ -230,8 +230,8 @@ def test_fitting_and_predicting_at_once_takes_the_labels(split):
     assert (at_once != ThreatScorer(random_state=0).fit_predict(X)).any()
 
 
-def test_ties_are_no_alarms():
-    # Two places, one of them rare: its rows are the most suspect, but not more than one another.
+def test_ties_are_not_flagged():
+    # Two places, one of them rare: its samples are the most suspect, but not more than one another.
     X = np.repeat([[0.0], [1.0]], [950, 50], axis=0)
     for method in ("distance", "mahalanobis", "kernel_density", ["mahalanobis", "kernel_density"]):
         scorer = ThreatScorer(method=method, alpha=0.02, random_state=0).fit(X + 1)
@@ -239,7 +239,7 @@ def test_ties_are_no_alarms():
 
 
 class Breaks(nn.Module):
-    """Gives a number that is not finite where the first value of a row is above 2."""
+    """Gives a number that is not finite where the first value of a sample is above 2."""
 
     def __init__(self, broken=np.nan, where="features"):
         super().__init__()
@@ -258,12 +258,12 @@ class Breaks(nn.Module):
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("method", [*SENSORS, ["credibility", "distance"]], ids=str)
-@pytest.mark.parametrize("n_rows", [10, 80])
+@pytest.mark.parametrize("method", [*DETECTORS, ["credibility", "distance"]], ids=str)
+@pytest.mark.parametrize("n_samples", [10, 80])
 @pytest.mark.filterwarnings("ignore:alpha=0.05 needs")
-def test_what_a_network_cannot_take_is_always_flagged(broken, method, n_rows):
-    # Of 10 rows, no other alarm can be raised.
-    X = np.random.default_rng(0).random((n_rows, 4))
+def test_samples_without_finite_features_are_always_flagged(broken, method, n_samples):
+    # Of 10 samples, no other can be flagged.
+    X = np.random.default_rng(0).random((n_samples, 4))
     scorer = ThreatScorer(Breaks(broken), layers="hidden", method=method, random_state=0).fit(X)
     new = np.random.default_rng(1).random((6, 4))
     strange = new.copy()
@@ -292,7 +292,7 @@ def test_outputs_that_are_not_finite_are_flagged_where_a_method_needs_them(metho
         ThreatScorer(network, layers="hidden", method=method).fit(X)
 
 
-def test_training_rows_with_features_that_are_not_finite_are_refused():
+def test_training_features_that_are_not_finite_raise():
     X = np.random.default_rng(0).random((40, 4))
     X[7, 0] = 3
     with pytest.raises(ValueError, match="layers='hidden': the network gives NaN or infinity"):
@@ -300,7 +300,7 @@ def test_training_rows_with_features_that_are_not_finite_are_refused():
 
 
 @pytest.mark.parametrize("method", ["credibility", "kernel_density", "lid"])
-def test_one_huge_training_row_does_not_spoil_the_others_scores(method):
+def test_one_huge_training_sample_does_not_change_other_scores(method):
     X = np.random.default_rng(0).random((300, 12))
     X[7, 0] = 1e20
     scorer = ThreatScorer(method=method, random_state=0).fit(X)
@@ -308,47 +308,47 @@ def test_one_huge_training_row_does_not_spoil_the_others_scores(method):
     assert scorer.predict(X[7:8] * 2) == -1
 
 
-class Scripted:
-    """A sensor that scores a row by its first value, in two columns."""
+class Scripted(Detector):
+    """Score a sample by its first value, in two columns."""
 
-    def __init__(self, clean):
-        pass
+    def fit(self, clean):
+        return self
 
-    def __call__(self, rows):
-        return np.float64(rows.X[:, :1]) * [1, 0] + [0, 7]
+    def score(self, query):
+        return np.float64(query.X[:, :1]) * [1, 0] + [0, 7]
 
 
 class Coded(Scripted):
-    def __call__(self, rows):
+    def __call__(self, query):
         special = {-1: np.nan, -2: np.inf, -3: -np.inf}
-        return np.array([[special.get(int(value), value)] for value in rows.X[:, 0]])
+        return np.array([[special.get(int(value), value)] for value in query.X[:, 0]])
 
 
 def test_infinite_scores_are_in_order_and_nan_is_flagged(monkeypatch):
-    monkeypatch.setitem(SENSORS, "lid", Coded)
+    monkeypatch.setitem(DETECTORS, "lid", Coded)
     nan, above, below = [-1.0], [-2.0], [-3.0]
     clean = np.arange(1.0, 60)[:, None]
     scorer = ThreatScorer(method="lid", random_state=0).fit(clean)
     asked = [[1.0], [57.0], [58.0], [100.0], above, below, nan]
-    # What no clean row has cannot be compared.
+    # What no clean sample has cannot be compared.
     assert_array_equal(scorer.predict(asked), [1, 1, -1, -1, -1, -1, -1])
-    # A tenth of the clean rows have it: a score like any other, the highest or the lowest.
+    # A tenth of the clean samples have it: a score like any other, the highest or the lowest.
     scorer.fit(np.concatenate([clean, [above] * 6, [below] * 6]))
     assert_array_equal(scorer.predict(asked), [1, 1, 1, 1, 1, 1, -1])
     evidence = scorer.transform([below, *asked[:4], above, nan])[:, 0]
     assert (np.diff(evidence) > 0).sum() >= 4
     assert (np.diff(evidence) >= 0).all()
     assert np.isfinite(evidence).all()
-    # NaN among clean rows counts as the highest.
+    # NaN among clean samples counts as the highest.
     scorer.set_params(alpha=0.2).fit(np.concatenate([clean, [nan] * 6]))
     assert_array_equal(scorer.predict([[1.0], [59.0], nan]), [1, -1, -1])
     with pytest.raises(ValueError, match="method='lid': all scores of 'lid' are NaN"):
         scorer.fit(np.full((30, 1), -1.0))
 
 
-def test_halves_that_scale_and_judge_are_drawn_at_random(monkeypatch):
-    # Sorted rows, in two columns of scores: the first half would be no measure for the second.
-    monkeypatch.setitem(SENSORS, "lid", Scripted)
+def test_halves_that_set_scales_and_threshold_are_drawn_at_random(monkeypatch):
+    # Sorted samples, in two columns of scores: the first half would be no measure for the second.
+    monkeypatch.setitem(DETECTORS, "lid", Scripted)
     X = np.arange(4000.0)[:, None]
     scorer = ThreatScorer(method="lid", alpha=0.1, random_state=0).fit(X)
     assert scorer.n_calibration_ == 2000
@@ -356,8 +356,8 @@ def test_halves_that_scale_and_judge_are_drawn_at_random(monkeypatch):
     assert abs(flagged - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 2000)
 
 
-@pytest.mark.parametrize("method", [m for m in SENSORS if m != "mahalanobis"])
-def test_scores_are_the_same_in_any_company_and_in_any_blocks(conv_net, split, method):
+@pytest.mark.parametrize("method", [m for m in DETECTORS if m != "mahalanobis"])
+def test_scores_do_not_depend_on_batches_or_blocks(conv_net, split, method):
     X, y, new = split
     scorer = ThreatScorer(
         conv_net, layers=["conv2", "fc"], method=method, input_shape=(1, 8, 8), random_state=0
@@ -369,20 +369,20 @@ def test_scores_are_the_same_in_any_company_and_in_any_blocks(conv_net, split, m
         assert_allclose(scorer.score_samples(new[:60]), scores, rtol=1e-6, atol=1e-6)
 
 
-def test_features_of_many_new_rows_are_never_held_at_once(split, monkeypatch):
+def test_features_of_many_new_samples_are_never_held_at_once(split, monkeypatch):
     X, y, new = split
     scorer = ThreatScorer(random_state=0).fit(X, y)
-    n_rows, features_of = [], FeatureMap.__call__
+    n_samples, features_of = [], FeatureMap.__call__
 
-    def counting(self, X, **kwargs):
-        n_rows.append(len(X))
-        return features_of(self, X, **kwargs)
+    def counting(self, X, *args, **kwargs):
+        n_samples.append(len(X))
+        return features_of(self, X, *args, **kwargs)
 
     monkeypatch.setattr(FeatureMap, "__call__", counting)
-    with config_context(working_memory=0.03):  # 30 rows of 64 float32, four times
+    with config_context(working_memory=0.03):  # 30 samples of 64 float32, four times
         scorer.predict(new)
-    assert max(n_rows) <= 31
-    assert sum(n_rows) == len(new)
+    assert max(n_samples) <= 31
+    assert sum(n_samples) == len(new)
 
 
 @pytest.mark.parametrize("method", ["disagreement", "kernel_density", "feature_squeezing"])
@@ -394,7 +394,7 @@ def test_one_class_and_a_network_of_one_output(method):
     assert (scorer.predict(X) == -1).mean() < 0.25
 
 
-def test_output_set_after_fit_acts_at_the_next_fit(split):
+def test_output_set_after_fit_takes_effect_at_the_next_fit(split):
     X, y, new = split
     scorer = ThreatScorer().fit(X, y).set_params(output="passthrough")
     assert scorer.transform(new).shape == (len(new), 1)
@@ -405,7 +405,8 @@ def test_output_set_after_fit_acts_at_the_next_fit(split):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"method": "entropy"}, "'method' parameter"),
+        ({"method": "entropy"}, r"method='entropy' must be one of"),
+        ({"method": 3}, "'method' parameter"),
         ({"method": ["distance", "entropy"]}, r"method=\['distance', 'entropy'\] must be one of"),
         ({"method": ["distance", "distance"]}, "once"),
         ({"method": []}, "one or more"),
@@ -413,14 +414,14 @@ def test_output_set_after_fit_acts_at_the_next_fit(split):
         ({"output": "frame"}, "'output' parameter"),
         (
             {"method": "disagreement"},
-            r"'disagreement' is about a network's answers",
+            r"'disagreement' depends on a network's outputs",
         ),
-        ({"method": ["distance", "feature_squeezing"]}, "'feature_squeezing' is about a network"),
-        ({"method": "lid", "n_neighbors": 1}, "'lid' compares distances .* n_neighbors=1"),
+        ({"method": ["distance", "feature_squeezing"]}, "'feature_squeezing' depends on a network"),
+        ({"method": "lid", "n_neighbors": 1}, "'lid' needs 2 neighbours or more.* n_neighbors=1"),
         ({"layers": "conv1"}, r"does not have: \['conv1'\]"),
     ],
 )
-def test_bad_parameters_are_named(split, params, message):
+def test_invalid_parameters_raise(split, params, message):
     with pytest.raises(ValueError, match=message):
         ThreatScorer(**params).fit(split[0])
 

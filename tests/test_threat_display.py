@@ -19,15 +19,15 @@ def closed_figures():
 
 
 @pytest.fixture
-def rows(digits):
+def samples(digits):
     X, y = digits
     rng = np.random.default_rng(0)
     return X[:600], y[:600], X[600:700], rng.uniform(size=(50, 64)).astype(np.float32)
 
 
 @pytest.mark.parametrize("detector", [ThreatScorer(method="distance"), IsolationForest()])
-def test_a_detector_is_shown_with_its_threshold(rows, detector):
-    X, y, new, noise = rows
+def test_scores_of_a_detector_are_shown_with_its_threshold(samples, detector):
+    X, y, new, noise = samples
     detector.set_params(random_state=0).fit(X, y)
     display = ThreatDisplay.from_estimator(detector, new, {"noise": noise, "negatives": 1 - new})
     expected = roc_auc_score([0] * 100 + [1] * 50, -detector.score_samples(np.r_[new, noise]))
@@ -38,13 +38,13 @@ def test_a_detector_is_shown_with_its_threshold(rows, detector):
     (threshold,) = distributions.lines
     assert threshold.get_xdata()[0] == pytest.approx(-detector.offset_)
     assert len(curves.lines) == 2
-    # The same rows as scores.
+    # The same samples, given as scores.
     scores = ThreatDisplay.from_predictions(display.threat, display.attacked["noise"])
     assert scores.roc_auc_["attacked"] == pytest.approx(expected)
     assert not scores.axes_[0].lines
 
 
-def test_histograms_share_their_bins_and_their_colours_with_the_curves():
+def test_histograms_share_bins_and_have_the_colours_of_their_curves():
     _, axes = mpl.pyplot.subplots(1, 2)
     display = ThreatDisplay.from_predictions([0, 1, 2], {"a": [1, 3], "b": [9]}, axes=axes)
     assert display.axes_[0] is axes[0]
@@ -57,7 +57,7 @@ def test_histograms_share_their_bins_and_their_colours_with_the_curves():
         assert mpl.colors.same_color(bars[0].get_facecolor()[:3], line.get_color())
 
 
-def test_a_threshold_that_nothing_reaches_is_not_drawn():
+def test_an_infinite_threshold_is_not_drawn():
     display = ThreatDisplay([0.0, 1.0], {"a": [2.0]}, threshold=np.inf).plot()
     assert not display.axes_[0].lines
 
@@ -72,7 +72,7 @@ def test_a_threshold_that_nothing_reaches_is_not_drawn():
         (([[1.0, 2.0]], {"a": [1.0]}), "1d array"),
     ],
 )
-def test_scores_that_cannot_be_shown_are_told_before_a_figure_is_made(scores, message):
+def test_invalid_scores_are_refused_before_a_figure_is_created(scores, message):
     with pytest.raises(ValueError, match=message):
         ThreatDisplay.from_predictions(*scores)
     assert not mpl.pyplot.get_fignums()
@@ -84,7 +84,7 @@ def test_axes_must_be_two():
         ThreatDisplay.from_predictions([1.0], [2.0], axes=ax)
 
 
-def test_matplotlib_is_asked_for(monkeypatch, rows):
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"ThreatDisplay\.from_predictions requires matplotlib"):
         ThreatDisplay.from_predictions([1.0], [2.0])

@@ -1,4 +1,4 @@
-"""RAILSClassifier(triage=True): only what the threat scorer raises an alarm on is bred."""
+"""RAILSClassifier(gate=Triage()): only what the threat scorer raises an alarm on is bred."""
 
 import pickle
 
@@ -10,8 +10,9 @@ from sklearn.base import BaseEstimator
 from sklearn.ensemble import IsolationForest
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
-from sklearn_rails._settling import check_threat_scores
 from sklearn_rails.demo import pgd
+from sklearn_rails.immune import Triage, layer
+from sklearn_rails.immune.gates import check_threat_scores
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
 
@@ -28,8 +29,8 @@ def fitted(task):
     network, X, y, _ = task
     scorer = ThreatScorer(network, layers="conv1", method="disagreement", alpha=0.1, random_state=0)
     return [
-        RAILSClassifier(network, threat_scorer=scorer, triage=triage, **CHEAP).fit(X, y)
-        for triage in (True, False)
+        RAILSClassifier(network, threat_scorer=scorer, gate=gate, **CHEAP).fit(X, y)
+        for gate in (Triage(), None)
     ]
 
 
@@ -43,9 +44,9 @@ def test_alarms_are_bred_and_neighbours_vote_on_all_else(task, fitted):
     scores = screening.decision_function(rows)
     distances, indices = screening.kneighbors(rows)
     votes = np.zeros((len(rows), 10))
-    for layer in screening.layers_:
-        order = distances[layer].reshape(len(rows), -1).argsort(axis=1, kind="stable")
-        nearest = np.take_along_axis(indices[layer].reshape(len(rows), -1), order[:, :2], axis=1)
+    for name in screening.layers_:
+        order = distances[name].reshape(len(rows), -1).argsort(axis=1, kind="stable")
+        nearest = np.take_along_axis(indices[name].reshape(len(rows), -1), order[:, :2], axis=1)
         for column in y[nearest].T:  # a twentieth of 40 cells are two
             votes[np.arange(len(rows)), column] += 1
     assert_array_equal(np.floor(scores[~alarm]), votes[~alarm])
@@ -66,40 +67,39 @@ def test_answers_agree_with_each_other(task, fitted):
 def test_only_alarms_go_through_the_network_as_cells(task, fitted, monkeypatch):
     *_, rows = task
     n_rows = []
-    mature = RAILSClassifier._mature
+    mature = layer.mature
 
-    def counting(self, X, *args, **kwargs):
-        n_rows.append(len(X))
-        return mature(self, X, *args, **kwargs)
+    def counting(cells, *args, **kwargs):
+        n_rows.append(len(cells))
+        return mature(cells, *args, **kwargs)
 
-    monkeypatch.setattr(RAILSClassifier, "_mature", counting)
+    monkeypatch.setattr(layer, "mature", counting)
     fitted[0].predict(rows)
-    assert sum(n_rows) == (fitted[0].threat_scorer_.predict(rows) == -1).sum()
+    n_alarms = (fitted[0].threat_scorer_.predict(rows) == -1).sum()
+    assert sum(n_rows) == len(fitted[0].layers_) * n_alarms
 
 
 def test_neighbours_that_are_not_there_have_no_vote():
     X = np.array([[0.0, 0.0], [0.1, 0.0], [1.0, 1.0]])
     rails = RAILSClassifier(
         threat_scorer=IsolationForest(contamination=0.34, random_state=0),
-        triage=True,
+        gate=Triage(),
         n_neighbors=2,
         plasma_fraction=1.0,
         population_size=10,
     ).fit(X, [0, 0, 1])
-    assert_array_equal(np.floor(rails._count_flock(np.float32([[0.0, 0.1]]))), [[2, 1]])
+    scores = rails.engine_.scores(np.float32([[0.0, 0.1]]), alarms=np.array([False]))
+    assert_array_equal(np.floor(scores), [[2, 1]])
 
 
 def test_what_triage_cannot_do_without_is_told(task):
     network, X, y, rows = task
-    with pytest.raises(ValueError, match=r"triage=True needs .* got threat_scorer=None"):
-        RAILSClassifier(network, triage=True).fit(X, y)
-    both = RAILSClassifier(network, triage=True, arbitration=0.1, threat_scorer=ThreatScorer())
-    with pytest.raises(ValueError, match=r"triage=True and arbitration=0.1 both say"):
-        both.fit(X, y)
+    with pytest.raises(ValueError, match=r"gate=Triage\(\) needs .* got threat_scorer=None"):
+        RAILSClassifier(network, gate=Triage()).fit(X, y)
     late = RAILSClassifier(network, **CHEAP).fit(X, y)
     expected = late.predict(rows[:9])
-    assert_array_equal(late.set_params(triage=True).predict(rows[:9]), expected)
-    with pytest.raises(ValueError, match=r"triage=True needs .* got threat_scorer=None"):
+    assert_array_equal(late.set_params(gate=Triage()).predict(rows[:9]), expected)
+    with pytest.raises(ValueError, match=r"gate=Triage\(\) needs .* got threat_scorer=None"):
         late.fit(X, y)
 
 
@@ -123,7 +123,7 @@ class Scripted(BaseEstimator):
 def on_two_classes(answer):
     X, y = np.arange(24.0).reshape(12, 2), np.arange(12) % 2
     rails = RAILSClassifier(
-        threat_scorer=Scripted(answer), triage=True, population_size=20, random_state=0
+        threat_scorer=Scripted(answer), gate=Triage(), population_size=20, random_state=0
     )
     return rails.fit(X, y).predict_proba(X[:4])
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_rails import RAILSClassifier, _validation
+from sklearn_rails import RAILSClassifier, _base, _validation
 
 
 @pytest.fixture
@@ -13,7 +13,8 @@ def as_if_on_gpu(monkeypatch):
         shape = tuple(X.shape[1:]) if X.ndim > 2 else ()
         return X.reshape(len(X), -1) if shape else X, shape
 
-    monkeypatch.setattr(_validation, "_flatten", keep)
+    monkeypatch.setattr(_validation, "flatten", keep)
+    monkeypatch.setattr(_base, "flatten", keep)
 
 
 def test_tensors_are_checked_as_arrays_are(as_if_on_gpu):
@@ -25,7 +26,7 @@ def test_tensors_are_checked_as_arrays_are(as_if_on_gpu):
     assert isinstance(labels, np.ndarray)
     assert rails.n_features_in_ == 4
     assert rails.input_shape_ == (1, 2, 2)
-    assert _validation.validate_rows(rails, X[:2]).shape == (2, 4)
+    assert _base.validate_rows(rails, X[:2]).shape == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -49,4 +50,4 @@ def test_tensors_of_another_width_are_refused(as_if_on_gpu):
     rails = RAILSClassifier()
     _validation.validate_fit_rows(rails, torch.rand(4, 3), [0, 1, 0, 1], input_shape=None)
     with pytest.raises(ValueError, match="X has 5 features, but RAILSClassifier is expecting 3"):
-        _validation.validate_rows(rails, torch.rand(2, 5))
+        _base.validate_rows(rails, torch.rand(2, 5))

@@ -17,6 +17,7 @@ from train import load_data, load_network, split_rows
 import sklearn_rails
 from sklearn_rails import DkNNClassifier, RAILSClassifier
 from sklearn_rails.attacks import AdaptiveKNNAttack
+from sklearn_rails.immune import Arbitration
 from sklearn_rails.metrics import make_robust_scorer
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -81,7 +82,12 @@ class Task:
 
     def make(self, kind, parameters):
         """Make a classifier with given parameters."""
-        return CLASSIFIERS[kind](self.network, **self.given[kind], **parameters)
+        nested = {name: value for name, value in parameters.items() if "__" in name}
+        plain = {name: value for name, value in parameters.items() if name not in nested}
+        if "gate__alpha" in nested:
+            plain["gate"] = Arbitration()
+        estimator = CLASSIFIERS[kind](self.network, **self.given[kind], **plain)
+        return estimator.set_params(**nested)
 
     def fit(self, kind, parameters):
         """Fit a classifier with given parameters."""
@@ -96,7 +102,7 @@ class Task:
         """Choose parameters by the mean of clean and robust accuracy on validation rows."""
         fold = np.repeat([-1, 0], [len(self.X), len(self.X_validation)])
         search = GridSearchCV(
-            self.make(kind, {}),
+            self.make(kind, {name: grid[name][0] for name in grid if "__" in name}),
             grid,
             scoring={"clean": "accuracy", "robust": make_robust_scorer(attack)},
             cv=PredefinedSplit(fold),

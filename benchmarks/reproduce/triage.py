@@ -1,4 +1,6 @@
-"""The short way for unsuspicious rows: ``python triage.py mnist --data-home DIR``.
+"""Skip the genetic algorithm for inputs that are not flagged.
+
+``python triage.py mnist --data-home DIR``
 
 RAILS breeds all rows, only those that its threat scorer raises an alarm on, or none (it then
 answers by its flock). Accuracy on clean rows and under PGD on the network, cells that go through
@@ -16,6 +18,7 @@ from common import describe, difference, is_held, main, share
 from train import attack, attack_settings
 
 from sklearn_rails import ThreatScorer
+from sklearn_rails.immune import Triage
 
 N_TIMINGS = 3
 
@@ -36,8 +39,12 @@ def rows_of(task, settings):
     never = Never(task.network, random_state=0, **own["threat"])
     # Fitted before, so that every classifier has the same, and on rows new to the network.
     ways = {
-        name: task.fit("RAILS", {**own["parameters"], "threat_scorer": s, "triage": t})
-        for name, s, t in (("all", scorer, False), ("alarms", scorer, True), ("none", never, True))
+        name: task.fit("RAILS", {**own["parameters"], "threat_scorer": s, "gate": g})
+        for name, s, g in (
+            ("all", scorer, None),
+            ("alarms", scorer, Triage()),
+            ("none", never, Triage()),
+        )
     }
     for rails in ways.values():
         rails.threat_scorer_.fit(task.X_validation, task.y_validation)

@@ -1,20 +1,20 @@
 """
-=============================================
-Digits under attack, and three ways to answer
-=============================================
+==================================
+Comparing DkNN and RAILS on digits
+==================================
 
-A small convolutional network learns scikit-learn's 8 × 8 digits. Then it is attacked, and what
-fooled it is shown to :class:`~sklearn_rails.DkNNClassifier` and
-:class:`~sklearn_rails.RAILSClassifier`, which look at one of its hidden layers.
+A small convolutional network is trained on scikit-learn's 8 × 8 digits and attacked.
+:class:`~sklearn_rails.DkNNClassifier` and :class:`~sklearn_rails.RAILSClassifier` then classify the
+attacked images in one of its hidden layers.
 
-The attack is aimed at the network, not at the classifiers that use it: it is a *transfer* attack
-on these, and says nothing about an attacker who knows them (:ref:`rails_limits`).
+This is a *transfer* attack: it targets the network, not the classifiers that use it, and says
+nothing about an attacker who knows them (:ref:`rails_limits`).
 """
 
 # %%
 # The network
 # -----------
-# A part of the training rows is held out, to choose layers with.
+# Part of the training images is held out to choose layers.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,86 +28,108 @@ from sklearn_rails.inspection import ImmuneResponseDisplay
 digits = load_digit_images(test_size=200)
 X_test, y_test = digits.X_test, digits.y_test
 X_train, X_val, y_train, y_val = train_test_split(
-    digits.X_train, digits.y_train, test_size=200, stratify=digits.y_train, random_state=0
+    digits.X_train,
+    digits.y_train,
+    test_size=200,
+    stratify=digits.y_train,
+    random_state=0,
 )
 
 net = train_network(X_train, y_train, max_epochs=10, verbose=0)
 print(f"accuracy of the network: {net.score(X_test, y_test):.3f}")
 
 # %%
-# Choosing on held-out rows
-# -------------------------
-# The attack is projected gradient descent, from the Adversarial Robustness Toolbox: each pixel may
-# change by ``eps``. An early layer is hard to fool, a late one tells classes apart better. The rows
-# that were held out decide, by the mean of clean and attacked accuracy. So do they for the number
-# of neighbours in DkNN: a baseline that is not tuned proves nothing.
+# Choosing layers and parameters
+# ------------------------------
+# The attack is projected gradient descent from the Adversarial Robustness Toolbox, which may change
+# each pixel by ``eps``. An early layer is harder to attack, a late one separates classes better.
+# The layer with the best mean of clean and attacked accuracy on the held-out images is chosen. The
+# number of neighbours of DkNN is chosen in the same way, since the baseline should be tuned too.
 
 X_val_attacked = pgd(net, X_val, y_val, eps=0.15, step=0.03)
 
 
 def validate(classifier):
-    """Fit a classifier, and give its mean accuracy on the clean and the attacked held-out rows."""
+    """Return the mean accuracy on clean and attacked held-out images."""
     classifier.fit(X_train, y_train)
-    return (classifier.score(X_val, y_val) + classifier.score(X_val_attacked, y_val)) / 2
+    return (
+        classifier.score(X_val, y_val)
+        + classifier.score(X_val_attacked, y_val)
+    ) / 2
 
 
 tuned = {}
 for layer in ("input", "conv1", "conv3"):
     candidates = [
-        DkNNClassifier(net, layers=layer, n_neighbors=k, random_state=0) for k in (1, 3, 10, 30)
+        DkNNClassifier(net, layers=layer, n_neighbors=k, random_state=0)
+        for k in (1, 3, 10, 30)
     ]
     dknn = max(candidates, key=validate)
-    rails = RAILSClassifier(net, layers=layer, population_size=100, random_state=0)
+    rails = RAILSClassifier(
+        net, layers=layer, population_size=100, random_state=0
+    )
     scores = validate(dknn), validate(rails)
     tuned[layer] = {"DkNN": dknn, "RAILS": rails, "score": max(scores)}
-    print(f"{layer:>5}: DkNN {scores[0]:.3f} (k = {dknn.n_neighbors}), RAILS {scores[1]:.3f}")
+    print(
+        f"{layer:>5}: DkNN {scores[0]:.3f} (k = {dknn.n_neighbors}), "
+        f"RAILS {scores[1]:.3f}"
+    )
 
 hidden = max(("conv1", "conv3"), key=lambda layer: tuned[layer]["score"])
 print(f"hidden layer: {hidden}")
 
 # %%
-# On the test rows
-# ----------------
-# The best hidden layer stands beside the pixels: on easy images a defence that goes through a
-# network has to bear that comparison.
+# Accuracy on the test images
+# ---------------------------
+# The best hidden layer is compared with the pixels (``"input"``), a strong baseline on easy images.
 
 classifiers = {"network": net}
 for layer in ("input", hidden):
     for method in ("DkNN", "RAILS"):
         classifiers[f"{method}, {layer}"] = tuned[layer][method]
-styles = dict(zip(classifiers, ("k:", "C0--", "C0-", "C1--", "C1-"), strict=True))
+styles = dict(
+    zip(classifiers, ("k:", "C0--", "C0-", "C1--", "C1-"), strict=True)
+)
 
 epsilons = [0, 0.05, 0.1, 0.15, 0.2]
-test_sets = [X_test, *(pgd(net, X_test, y_test, eps=eps, step=eps / 5) for eps in epsilons[1:])]
+test_sets = [
+    X_test,
+    *(pgd(net, X_test, y_test, eps=eps, step=eps / 5) for eps in epsilons[1:]),
+]
 
 fig, ax = plt.subplots(layout="constrained")
 for name, classifier in classifiers.items():
     accuracy = [classifier.score(X, y_test) for X in test_sets]
     print(f"{name:>12}: " + "  ".join(f"{value:.3f}" for value in accuracy))
     ax.plot(epsilons, accuracy, styles[name], marker="o", label=name)
-ax.set(xlabel="eps", ylabel="accuracy", ylim=(0, 1.02), title="PGD on the network, 200 test digits")
+ax.set(
+    xlabel="eps",
+    ylabel="accuracy",
+    ylim=(0, 1.02),
+    title="PGD on the network, 200 test digits",
+)
 ax.legend()
 plt.show()
 
 # %%
-# The more the attack may change, the more the choice of layer matters. Between RAILS and a DkNN
-# that is tuned as well, look at differences with care: the standard error of an accuracy on 200
-# rows is up to 3.5 points.
+# The larger ``eps``, the more the choice of layer matters. Small differences between RAILS and DkNN
+# are not significant: the standard error of an accuracy on 200 images is up to 3.5 points.
 #
 # Single responses
 # ----------------
-# Here are the first rows that the strongest attack has turned, whatever RAILS makes of them: what
-# it saw, the training examples on which it and the network would rest their answers, and the
-# cells that voted.
+# These are the first images that the network misclassifies only under the strongest attack, whether
+# or not RAILS classifies them correctly. Each row shows the image, the nearest training examples of
+# the class that RAILS predicts and of the class that the network predicts, the plasma cells (which
+# vote), and the mean affinity of the population.
 
 X_attacked = test_sets[-1]
-turned = (net.predict(X_test) == y_test) & (net.predict(X_attacked) != y_test)
-rows = np.flatnonzero(turned)[:4]
+fooled = (net.predict(X_test) == y_test) & (net.predict(X_attacked) != y_test)
+first = np.flatnonzero(fooled)[:4]
 ImmuneResponseDisplay.from_estimator(
     classifiers[f"RAILS, {hidden}"],
-    X_attacked[rows],
+    X_attacked[first],
     X_train=X_train,
-    network_labels=net.predict(X_attacked[rows]),
-    y=y_test[rows],
+    network_labels=net.predict(X_attacked[first]),
+    y=y_test[first],
 )
 plt.show()

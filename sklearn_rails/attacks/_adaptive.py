@@ -18,9 +18,9 @@ from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from ..features.device import RandomStateGuard
-from ..immune.maturation import find_domain
+from ..immune.operators import find_domain
 from ..metrics._arrays import check_labels
-from ..neighbors.index import ClassNeighbors
+from ..neighbors import ClassNeighbors
 from ._views import NeighborsView, PopulationsView, ThreatView, soft_class_scores
 
 # Starting points of the restarts, in turn.
@@ -45,13 +45,13 @@ class AdaptiveKNNAttack:
     selected offspring of each class in responses to :math:`x'` under several seeds. They are
     recomputed every ``refresh`` steps and constant in between.
 
-    With ``arbitration``, an attacker may target the vote, or the network toward a class that the
-    neighbours do not rule out. Each restart is then made twice, the second time with the margins
-    of the network's logits added to the scores. With ``triage``, the references are the
-    neighbours, whose vote decides all samples that are not flagged. With a ``threat_weight`` the
-    attack also avoids being flagged: it subtracts that multiple of a soft threat score, computed
-    from the same :math:`s_c` in the layers of the threat scorer, and only misclassified samples
-    that are not flagged count as a success.
+    With ``gate=Arbitration()``, an attacker may target the vote, or the network toward a class
+    that the neighbours do not rule out. Each restart is then made twice, the second time with
+    the margins of the network's logits added to the scores. With ``gate=Triage()``, the
+    references are the neighbours, whose vote decides all samples that are not flagged. With a
+    ``threat_weight`` the attack also avoids being flagged: it subtracts that multiple of a soft
+    threat score, computed from the same :math:`s_c` in the layers of the threat scorer, and
+    only misclassified samples that are not flagged count as a success.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ class AdaptiveKNNAttack:
             },
             caller_name=type(self).__name__,
         )
-        if getattr(estimator._features, "integer_input", False):
+        if estimator.feature_map_.integer_input:
             raise TypeError(
                 f"estimator is a {type(estimator).__name__} whose network takes integers; the "
                 "attack needs gradients, and with them a continuous input."
@@ -214,8 +214,8 @@ class AdaptiveKNNAttack:
         self._rng = check_random_state(random_state)
         train, labels = self._check(X_train, y_train, "X_train")
         n_classes = len(estimator.classes_)
-        with _gradients(estimator._features.device):
-            self._train = estimator._features.to_device(train)
+        with _gradients(estimator.feature_map_.device):
+            self._train = estimator.feature_map_.to_device(train)
             self._domain = self._find_domain()
             self._check_domain(self._train, "X_train")
             self._inputs = ClassNeighbors().fit(self._train, labels, n_classes)
@@ -255,8 +255,8 @@ class AdaptiveKNNAttack:
         rows, labels = self._check(X, y, "X")
         is_flat = np.ndim(X[0]) < 2 if isinstance(X, list | tuple) else np.ndim(X) < 3
         shape = (rows.shape[1],) if is_flat else self.estimator.input_shape_
-        with _gradients(self.estimator._features.device):
-            rows = self.estimator._features.to_device(rows)
+        with _gradients(self.estimator.feature_map_.device):
+            rows = self.estimator.feature_map_.to_device(rows)
             self._check_domain(rows, "X")
             attacked = self._attack(rows, torch.as_tensor(labels, device=rows.device))
         return attacked.cpu().numpy().reshape(len(rows), *shape)

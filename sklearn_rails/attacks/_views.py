@@ -8,9 +8,8 @@ from torch.nn.functional import normalize, pad
 from .._threat import ThreatScorer
 from ..immune.consensus import rank_by_affinity
 from ..immune.random import draw_seed
-from ..neighbors.affinity import affinity_to
-from ..neighbors.index import ClassNeighbors
-from ..sensing.detectors import soft_labels
+from ..neighbors import ClassNeighbors, resolve_affinity
+from ..sensing import SoftQuery
 
 
 def soft_class_scores(affinity, members, there, origin, scale):
@@ -71,7 +70,7 @@ def nearness_to(affinity, members, origin):
     if affinity == "cosine":
         members = normalize(members, dim=2)
         return lambda features: torch.bmm(members, normalize(features, dim=1)[..., None])[..., 0]
-    return lambda features: affinity_to(affinity, features, members)
+    return lambda features: resolve_affinity(affinity)(features, members)
 
 
 class _References:
@@ -118,10 +117,12 @@ class NeighborsView:
     def __init__(self, estimator, train, labels, n_references):
         self._estimator = estimator
         n_classes = len(estimator.classes_)
-        self._references = _References(estimator._features, train, labels, n_classes, n_references)
+        self._references = _References(
+            estimator.feature_map_, train, labels, n_classes, n_references
+        )
         self.row_bytes = self._references.row_bytes
         self.scales = self._references.scales
-        self.features = estimator._features.with_gradient
+        self.features = estimator.feature_map_.with_gradient
 
     def predict(self, rows):
         return _positions(self._estimator, self._estimator.predict(rows), rows)
@@ -147,9 +148,9 @@ class ThreatView:
         n_classes = len(rails.classes_)
         self._references = {
             affinity: _References(
-                scorer._features, train, labels, n_classes, n_references, affinity
+                scorer.feature_map_, train, labels, n_classes, n_references, affinity
             )
-            for affinity in {_AFFINITY_OF[m] for m in scorer.methods_ if m in _AFFINITY_OF}
+            for affinity in {d.affinity for d in scorer.detectors_.values()} - {None}
         }
 
     def row_bytes(self, row):
@@ -160,7 +161,7 @@ class ThreatView:
 
     def soften(self, points):
         """Make a threat score that is differentiable near some points."""
-        features, layers = self._scorer._features, self._scorer.layers_
+        features, layers = self._scorer.feature_map_, self._scorer.layers_
         with torch.no_grad():
             here = features.with_gradient(points)
         nearness = {}
@@ -170,60 +171,15 @@ class ThreatView:
                 nearness[affinity, layer] = soft_class_scores(
                     affinity, *near[layer], here[layer], scales[layer]
                 )
-        sensors = dict(zip(self._scorer.methods_, self._scorer._sensors, strict=True))
+
+        def class_scores(affinity, layer, features):
+            return nearness[affinity, layer](features)
 
         def threat(points):
-            total = 0
-            asked = layers if not features.has_network else (*layers, features.output)
-            found = features.with_gradient(points, asked)
-            shares = soft_labels(found[features.output]) if features.has_network else None
-            for method, sensor in sensors.items():
-                if method == "feature_squeezing":
-                    total = total + self._soft_squeezing(points, shares, sensor)
-                    continue
-                for layer in layers:
-                    if method == "mahalanobis":
-                        squares = sensor.squared_distances(layer, found[layer])
-                        total = total + squares.amin(dim=1).log()
-                    else:
-                        scores = nearness[_AFFINITY_OF[method], layer](found[layer])
-                        total = total + _soft_threat(method, scores, shares)
-            return total
+            query = SoftQuery(points, features, class_scores)
+            return sum(d.soft_threat(query) for d in self._scorer.detectors_.values())
 
         return threat
-
-    def _soft_squeezing(self, points, shares, sensor):
-        features = self._scorer._features
-        moved = []
-        for squeezed in sensor.squeeze(points.detach()):
-            # Rounding has no useful gradient: use that of the identity (Athalye et al. 2018).
-            squeezed = points + (features.to_device(squeezed) - points).detach()
-            outputs = features.with_gradient(squeezed, (features.output,))[features.output]
-            moved.append((soft_labels(outputs) - shares).abs().sum(dim=1))
-        return torch.stack(moved).amax(dim=0)
-
-
-# The affinity of the neighbours that a method of ThreatScorer uses; normalised features' distances
-# are ordered by their cosines.
-_AFFINITY_OF = {
-    "credibility": "euclidean",
-    "disagreement": "euclidean",
-    "kernel_density": "euclidean",
-    "lid": "euclidean",
-    "distance": "cosine",
-}
-
-
-def _soft_threat(method, scores, shares):
-    """Compute a soft version of a neighbour-based threat score from the soft class scores."""
-    best, every = scores.amax(dim=1), torch.logsumexp(scores, dim=1)
-    if method == "credibility":
-        return every - best
-    if method in ("distance", "lid") or shares is None:
-        return -best
-    # A class without references has a score of minus infinity.
-    own = (shares * scores.clamp_min(-1e6)).sum(dim=1)
-    return every - own if method == "disagreement" else -own
 
 
 class PopulationsView:
@@ -231,78 +187,77 @@ class PopulationsView:
 
     def __init__(self, estimator, n_references, n_seeds, n_checks, rng):
         self._estimator = estimator
+        self._engine = engine = estimator.engine_
         self._n_references = n_references
         self._n_cells = -(-n_references // n_seeds)
         self.affinity = estimator.affinity
         seeds = {estimator.seed_: None}
         while len(seeds) < 1 + n_seeds + n_checks:
             seeds[draw_seed(rng)] = None
-        _, *others = [estimator._with({"seed_": seed, "_draws": {}}) for seed in seeds]
+        _, *others = [engine.with_seed(seed) for seed in seeds]
         self._known, self._unseen = others[:n_seeds], others[n_seeds:]
-        self.has_arbiter = estimator.arbitration is not None
-        self.features = estimator._features.with_gradient
+        self.has_arbiter = engine.gate is not None and engine.gate.needs_network
+        self._triages = engine.gate is not None and engine.gate.needs_alarms
+        self.features = engine.features.with_gradient
 
     def logits(self, points):
         """Return the network's outputs, one for each class."""
-        output = self._estimator._features.output
+        output = self._engine.features.output
         outputs = self.features(points, (output,))[output]
         # A single output is the logit of the second of two classes.
         return outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))
 
     def row_bytes(self, row):
-        widest = max(f[0].nbytes for f in self._estimator._features(row).values())
+        widest = max(f[0].nbytes for f in self._engine.features(row).values())
         return widest * self._n_cells * len(self._known) * len(self._estimator.classes_)
 
     def predict(self, rows):
         """Return the majority prediction under seeds that the attack does not use otherwise."""
-        answers = [_positions(rails, rails.predict(rows), rows) for rails in self._unseen]
-        return torch.stack(answers).mode(dim=0).values
+        alarms = None
+        if self._triages:
+            alarms = self._estimator.threat_scorer_.predict(rows) == -1
+        scores = [
+            engine.scores(rows, alarms=alarms, n_jobs=self._estimator.n_jobs)
+            for engine in self._unseen
+        ]
+        predictions = [torch.from_numpy(s.argmax(axis=1)).to(rows.device) for s in scores]
+        return torch.stack(predictions).mode(dim=0).values
 
     def respond(self, rows):
         """Return the references in each layer, which of them exist, and the predictions."""
-        if self._estimator.triage:
-            return self._flocked(rows), _positions(
-                self._estimator, self._estimator.predict(rows), rows
-            )
-        references, answers = {}, []
-        neighbors = {
-            layer: self._estimator._flock(features, layer)[1]
-            for layer, features in self._estimator._features(rows).items()
-        }
-        for rails in self._known:
+        if self._triages:
+            labels = self._estimator.predict(rows)
+            return self._flocked(rows), _positions(self._estimator, labels, rows)
+        flocks, screening = self._engine.screen(rows, None)
+        references, predictions = {}, []
+        for engine in self._known:
             votes, ties = 0, 0
-            for layer, flocked, population in rails._mature(rows, lambda n: None, keep_cells=True):
-                layer_votes, layer_ties, _ = rails._vote(layer, flocked, population)
-                votes, ties = votes + layer_votes, ties + layer_ties
-                references.setdefault(layer, []).append(
-                    self._best(population, neighbors[layer], layer)
+            for layer, flock in zip(engine.layers, flocks, strict=True):
+                response = layer.respond(flock, keep_cells=True)
+                votes, ties = votes + response.votes, ties + response.ties
+                references.setdefault(layer.name, []).append(
+                    self._best(response.population, flock.index, layer)
                 )
-            scores = torch.from_numpy(rails._join_votes(votes, ties))
-            answers.append(scores.argmax(dim=1).to(rows.device))
+            predictions.append((votes + ties / len(flocks)).argmax(dim=1))
         joined = {
-            layer: tuple(torch.cat(parts, dim=2) for parts in zip(*bred, strict=True))
-            for layer, bred in references.items()
+            name: tuple(torch.cat(parts, dim=2) for parts in zip(*bred, strict=True))
+            for name, bred in references.items()
         }
-        answers = torch.stack(answers).mode(dim=0).values
-        if self.has_arbiter:
-            scores, bred, _ = self._estimator._settle(rows, rows)
-            settled = torch.from_numpy(scores.argmax(axis=1)).to(rows.device)
-            answers = torch.where(torch.from_numpy(bred).to(rows.device), answers, settled)
-        return joined, answers
+        kept = (screening.votes + screening.ties / len(flocks)).argmax(dim=1)
+        majority = torch.stack(predictions).mode(dim=0).values
+        return joined, torch.where(screening.bred, majority, kept)
 
     def _flocked(self, rows):
-        """Return the neighbours that vote on samples that are not flagged, with ``triage``."""
-        rails, flocked = self._estimator, {}
-        for layer, features in rails._features(rows).items():
-            index = rails._flock(features, layer)[1][..., : self._n_references]
-            cells = rails._find_cells(index.clamp(min=0), layer)
-            members = rails._features.features_of_cells(cells.flatten(0, 2), layer)
-            flocked[layer] = members.reshape(*index.shape, -1), index >= 0
+        """Return the neighbours that vote on samples that are not flagged, with a Triage gate."""
+        features, flocked = self._engine.features(rows), {}
+        for layer in self._engine.layers:
+            index = layer.flock(features[layer.name]).index[..., : self._n_references]
+            flocked[layer.name] = self._features_of(layer, index), index >= 0
         return flocked
 
     def _best(self, population, neighbors, layer):
         """Return the features of each class's best cells, or of its neighbours if it died out."""
-        rails, k = self._estimator, self._n_cells
+        k = self._n_cells
         n_rows, n_classes, _ = neighbors.shape
         classes = torch.arange(n_classes, device=neighbors.device)[:, None]
         of_class = population.labels[:, None] == classes
@@ -314,17 +269,22 @@ class PopulationsView:
         index = pad(neighbors, (0, k), value=-1)[..., : places.shape[2]]
         died_out = ~there.any(dim=2, keepdim=True)
         there = torch.where(died_out, index >= 0, there)
-        cells = torch.where(
-            died_out[..., None], rails._find_cells(index.clamp(min=0), layer), cells
-        )
-        features = rails._features.features_of_cells(cells.flatten(0, 2), layer)
+        stand_ins = layer.take_cells(index.clamp(min=0))
+        cells = torch.where(died_out[..., None], stand_ins, cells)
+        features = layer.features.features_of_cells(cells.flatten(0, 2), layer.name)
         return features.reshape(n_rows, n_classes, -1, features.shape[1]), there
+
+    def _features_of(self, layer, index):
+        cells = layer.take_cells(index.clamp(min=0))
+        features = layer.features.features_of_cells(cells.flatten(0, 2), layer.name)
+        return features.reshape(*index.shape, -1)
 
     def scales(self, rows):
         """Return a third of the median distance of the k-th neighbour, in each layer."""
+        features = self._engine.features(rows)
         return {
-            layer: _scale_of(self._estimator._flock(features, layer)[0], self._n_references)
-            for layer, features in self._estimator._features(rows).items()
+            layer.name: _scale_of(layer.flock(features[layer.name]).affinity, self._n_references)
+            for layer in self._engine.layers
         }
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
+from numpy.typing import NDArray
 from sklearn.datasets import fetch_openml, get_data_home, load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.utils import Bunch
@@ -21,13 +23,13 @@ from .._compat import Interval, RealNotInt, validate_parameter_constraints
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """Where a benchmark comes from.
+    """Files and OpenML data set of a benchmark.
 
     Attributes
     ----------
     title : str
     files : dict of str to str
-        Names of files in ``data_home``, the preferred first, and the title of their content.
+        Names of files in ``data_home``, in order of preference, and the title of their content.
     openml_name : str
     image_shape : tuple of int
         Channels, height and width.
@@ -149,7 +151,7 @@ def fetch_image_benchmark(name: str, data_home: str | os.PathLike[str] | None = 
     Raises
     ------
     ValueError
-        If the name is unknown, or a file is damaged or does not hold what it should.
+        If the name is unknown, or a file is damaged or does not hold the arrays below.
     OSError
         If there is no file and OpenML cannot be reached.
     ImportError
@@ -157,7 +159,7 @@ def fetch_image_benchmark(name: str, data_home: str | os.PathLike[str] | None = 
 
     See Also
     --------
-    load_digit_images : Small images that need neither a file nor a connection.
+    load_digit_images : Small images, without a file or a connection.
 
     Notes
     -----
@@ -194,7 +196,14 @@ class _BadFile(Exception):
     """A file that is damaged or holds something else; the message follows the file's name."""
 
 
-def _bunch(title, X_train, X_test, y_train, y_test, description):
+def _bunch(
+    title: str,
+    X_train: NDArray[np.float32],
+    X_test: NDArray[np.float32],
+    y_train: NDArray[np.int64],
+    y_test: NDArray[np.int64],
+    description: str,
+) -> Bunch:
     name = f"{title} ({len(X_train):,} / {len(X_test):,})"
     return Bunch(
         X_train=X_train,
@@ -206,7 +215,7 @@ def _bunch(title, X_train, X_test, y_train, y_test, description):
     )
 
 
-def _read(path, title, image_shape):
+def _read(path: Path, title: str, image_shape: tuple[int, int, int]) -> Bunch:
     """Read a benchmark from a file."""
     with path.open("rb") as file:
         # zipfile raises errors of many types for damaged files.
@@ -221,7 +230,9 @@ def _read(path, title, image_shape):
     return _bunch(title, X_train, X_test, y_train, y_test, f"Read from {path.name}.")
 
 
-def _read_part(archive, part, image_shape):
+def _read_part(
+    archive: zipfile.ZipFile, part: str, image_shape: tuple[int, int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Read and check the images and labels of the training or the test set."""
     n_channels, height, width = image_shape
     y = _read_array(archive, f"y_{part}")
@@ -242,11 +253,11 @@ def _read_part(archive, part, image_shape):
     return _scale_images(images), y.astype(np.int64)
 
 
-def _read_array(archive, name):
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     try:
         if archive.getinfo(f"{name}.npy").file_size > MAX_ARRAY_BYTES:
             raise ValueError(f"it has more than {MAX_ARRAY_BYTES:,} bytes")
-        # The whole member, since its checksum is compared at the end.
+        # The whole member is read, since its checksum is compared only at its end.
         content = io.BytesIO(archive.read(f"{name}.npy"))
         return npy_format.read_array(content, allow_pickle=False)
     except KeyError as error:
@@ -255,7 +266,7 @@ def _read_array(archive, name):
         raise _BadFile(f"is damaged: {name} cannot be read: {error}.") from error
 
 
-def _describe(labels):
+def _describe(labels: NDArray[Any]) -> str:
     values = (
         f", from {labels.min()} to {labels.max()}"
         if labels.dtype.kind in "iu" and labels.size
@@ -264,7 +275,9 @@ def _describe(labels):
     return f"an array of type {labels.dtype} and shape {labels.shape}{values}"
 
 
-def _check_offsets(offsets, data, n_images, part):
+def _check_offsets(
+    offsets: NDArray[Any], data: NDArray[Any], n_images: int, part: str
+) -> list[int]:
     if data.dtype != np.uint8 or data.ndim != 1:
         raise _BadFile(
             f"has {part}_bytes of type {data.dtype} and shape {data.shape}, instead of uint8 and "
@@ -281,11 +294,14 @@ def _check_offsets(offsets, data, n_images, part):
             f"has {part}_offsets that do not increase from 0 or more to at most {len(data)}, the "
             f"length of {part}_bytes."
         )
-    return offsets.tolist()
+    positions: list[int] = offsets.tolist()
+    return positions
 
 
-def _decode(data, offsets, image_shape, part):
-    """Decode JPEG files that stand one after another."""
+def _decode(
+    data: NDArray[np.uint8], offsets: list[int], image_shape: tuple[int, int, int], part: str
+) -> NDArray[np.uint8]:
+    """Decode concatenated JPEG files."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -294,15 +310,15 @@ def _decode(data, offsets, image_shape, part):
         ) from error
     n_channels, height, width = image_shape
     images = np.empty((len(offsets) - 1, height, width, n_channels), dtype=np.uint8)
-    data = data.tobytes()
+    content = data.tobytes()
     for i, (start, stop) in enumerate(pairwise(offsets)):
         # Pillow raises errors of many types for damaged files.
         try:
-            image = Image.open(io.BytesIO(data[start:stop]), formats=["JPEG"])
-            # Before it is decoded, which takes memory for every pixel.
-            if image.size != (width, height):
-                raise ValueError(f"its size is {image.size[0]} x {image.size[1]} pixels")
-            image = image.convert("L" if n_channels == 1 else "RGB")
+            file = Image.open(io.BytesIO(content[start:stop]), formats=["JPEG"])
+            # Checked before decoding, which allocates memory for every pixel.
+            if file.size != (width, height):
+                raise ValueError(f"its size is {file.size[0]} x {file.size[1]} pixels")
+            image = file.convert("L" if n_channels == 1 else "RGB")
         except Exception as error:
             raise _BadFile(
                 f"has a {part} image, number {i}, that is not a JPEG image of {width} x {height} "
@@ -312,14 +328,14 @@ def _decode(data, offsets, image_shape, part):
     return images
 
 
-def _scale_images(images):
+def _scale_images(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Convert uint8 images, with channels last or none, to float32 with channels first."""
     if images.ndim == 3:
         images = images[..., None]
     return np.divide(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), 255, dtype=np.float32)
 
 
-def _fetch(benchmark, folder):
+def _fetch(benchmark: _Benchmark, folder: Path) -> Bunch:
     """Load a benchmark from OpenML, in the official split."""
     try:
         data = fetch_openml(
@@ -341,18 +357,19 @@ def _fetch(benchmark, folder):
     )
 
 
-def _find_planes(rows, image_shape):
+def _find_planes(vectors: NDArray[Any], image_shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """Reshape vectors of pixels from 0 to 255 to images in [0, 1] with channels first.
 
-    OpenML does not document whether a vector holds one channel after the other or the channels of
-    one pixel after the other. In the wrong order, neighbouring pixels differ more.
+    OpenML does not document whether vectors are ordered by channel or by pixel. In the wrong order,
+    neighbouring pixels differ more.
     """
     n_channels, height, width = image_shape
-    rows = np.divide(rows, 255, dtype=np.float32)
-    by_channel = rows.reshape(-1, n_channels, height, width)
-    by_pixel = rows.reshape(-1, height, width, n_channels).transpose(0, 3, 1, 2)
+    pixels: NDArray[np.float32] = np.divide(vectors, 255, dtype=np.float32)
+    by_channel = pixels.reshape(-1, n_channels, height, width)
+    by_pixel = pixels.reshape(-1, height, width, n_channels).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(min((by_channel, by_pixel), key=_roughness))
 
 
-def _roughness(images):
-    return np.abs(np.diff(images[:1000], axis=2)).mean()
+def _roughness(images: NDArray[np.float32]) -> float:
+    """Return the mean difference of pixels that are neighbours in a column."""
+    return float(np.abs(np.diff(images[:1000], axis=2)).mean())

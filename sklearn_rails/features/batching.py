@@ -1,30 +1,41 @@
-"""Push rows and cells through a network in micro-batches of one fixed shape."""
+"""Run samples and populations through a network in micro-batches of one fixed shape."""
 
 import math
-import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 
 from .device import is_out_of_memory
+from .truncation import TruncatedNetwork
 
-# Sizes that are tried: on a CPU small batches stay in the caches, a GPU wants to be filled. Vectors
-# cost little each, so that the call itself weighs more.
-CPU_IMAGES, GPU_IMAGES, VECTORS = (64, 32, 128, 256), (1024, 256, 4096), (1024, 256, 4096)
+Result = TypeVar("Result")
 
-# Another layout than the first is chosen if it takes less than this share of the time, in the best
-# of so many trials, each of as many rows as can be had in so many seconds.
-CLEARLY = 0.97
-N_TRIALS = 4
-TRIAL_SECONDS = 0.05
 
-# Images, and vectors, that go through the network together on a CPU where a single one may be asked
-# for.
-CPU_ROWS = (16, 256)
+class PopulationAffinity(Protocol):
+    """How well the features of cells match those of antigens (higher is closer).
+
+    Called with antigens of shape (n, n_features) and the features of their cells, of shape
+    (n, n_cells, n_features), which it may overwrite if it is told so. Returns (n, n_cells).
+    """
+
+    @property
+    def permutation_invariant(self) -> bool:
+        """Whether features may come in another order, the same one in both arguments."""
+
+    def __call__(
+        self,
+        antigens: torch.Tensor,
+        features: torch.Tensor,
+        *,
+        overwrite_features: bool = False,
+    ) -> torch.Tensor:
+        """Compute the affinity of each cell to its antigen."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """The shape of a micro-batch.
 
     Attributes
@@ -41,8 +52,8 @@ class Layout:
     channels_last: bool = False
     exact: bool = False
 
-    def store(self, batch):
-        """Give a batch in the layout's memory format.
+    def store(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return a batch in the layout's memory format.
 
         Parameters
         ----------
@@ -59,100 +70,24 @@ class Layout:
         return stored.copy_(batch)
 
 
-def rows_layout(shape, device, *, is_vector=True):
-    """Choose the layout for rows, of which there may be one or many.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Shape of one row.
-    device : torch.device
-    is_vector : bool, default=True
-        Whether a row of one dimension is a plain vector, which costs little.
-
-    Returns
-    -------
-    Layout
-    """
-    if device.type != "cpu":
-        return Layout(GPU_IMAGES[0])
-    return Layout(CPU_ROWS[len(shape) == 1 and is_vector])
-
-
-def fastest_layout(run, shape, *, device, dtype, max_seconds=math.inf, seconds_per_row=0.0):
-    """Try layouts on blank rows and choose by the time that they take.
-
-    Parameters
-    ----------
-    run : callable
-        Takes a tensor of shape (n_rows, *shape) and a layout.
-    shape : tuple of int
-        Shape of one row.
-    device : torch.device
-    dtype : torch.dtype
-    max_seconds : float, default=inf
-        About how long all trials together may take; without time for them there are none.
-    seconds_per_row : float, default=0
-        An upper estimate of the time that one row takes.
-
-    Returns
-    -------
-    Layout
-    """
-    sizes = VECTORS if len(shape) == 1 else CPU_IMAGES if device.type == "cpu" else GPU_IMAGES
-    smallest = min(sizes)
-    formats = (False, True) if len(shape) == 3 else (False,)
-    # Three passes find the number of rows, the trials follow.
-    if (3 + N_TRIALS * len(formats)) * smallest * seconds_per_row > max_seconds:
-        return Layout(smallest)
-    row = torch.full((1, *shape), 0.5, device=device, dtype=dtype)
-
-    def measure(n_rows, layout):
-        rows = row.expand(n_rows, *shape)
-        start = time.perf_counter()
-        run(rows, layout)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    try:
-        seconds = min(measure(smallest, Layout(smallest)) for _ in range(2))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return Layout(1)
-        raise
-    n_rows = max(
-        size for size in sizes if size * seconds <= smallest * TRIAL_SECONDS or size == smallest
-    )
-    layouts = [Layout(size, last) for last in formats for size in sizes if size <= n_rows]
-    times = dict.fromkeys(layouts, math.inf)
-    # In turn, so that a disturbance meets all of them.
-    for layout in N_TRIALS * layouts:
-        try:
-            times[layout] = min(times[layout], measure(n_rows, layout))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-    best = min(layouts, key=times.get)
-    return best if times[best] < CLEARLY * times[layouts[0]] else layouts[0]
-
-
-def halve_until_it_fits(run, layout, *, smallest=1):
-    """Run with a layout, and with half its batch size as long as memory is too small.
+def halve_until_it_fits(
+    run: Callable[[BatchLayout], Result], layout: BatchLayout, *, smallest: int = 1
+) -> tuple[Result, BatchLayout]:
+    """Run with a layout, and halve its batch size as long as memory is too small.
 
     Parameters
     ----------
     run : callable
         Takes a layout.
-    layout : Layout
+    layout : BatchLayout
     smallest : int, default=1
         The smallest batch that the network takes.
 
     Returns
     -------
     result : object
-        What ``run`` gives.
-    layout : Layout
+        What ``run`` returns.
+    layout : BatchLayout
         The layout that fitted.
 
     Raises
@@ -167,16 +102,16 @@ def halve_until_it_fits(run, layout, *, smallest=1):
             if not is_out_of_memory(error):
                 raise
             if layout.exact or layout.batch_size <= smallest:
-                raise no_room_for_a_row(error) from error
+                raise explain_out_of_memory(error) from error
             layout = replace(layout, batch_size=max(smallest, layout.batch_size // 2))
 
 
-def no_room_for_a_row(error):
-    """Explain that memory is too small for the network.
+def explain_out_of_memory(error: BaseException) -> MemoryError:
+    """Return an error which explains that memory is too small for the network.
 
     Parameters
     ----------
-    error : Exception
+    error : BaseException
 
     Returns
     -------
@@ -188,23 +123,23 @@ def no_room_for_a_row(error):
     )
 
 
-def iterate_batches(x, layout):
-    """Cut rows into micro-batches, the last one filled up with copies of its first row.
+def iterate_batches(x: torch.Tensor, layout: BatchLayout) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Split samples into micro-batches, the last one filled up with copies of its first sample.
 
     A convolution's last bits depend on the shape of its batch, and selection amplifies them: with
-    one shape for all, a row's features do not depend on the rows around it.
+    one shape for all, a sample's features do not depend on the samples around it.
 
     Parameters
     ----------
     x : torch.Tensor of shape (n, ...)
-    layout : Layout
+    layout : BatchLayout
 
     Yields
     ------
-    rows : slice
-        Where the micro-batch's rows stand in ``x``.
+    block : slice
+        Position of the micro-batch's samples in ``x``.
     batch : torch.Tensor of shape (batch_size, ...)
-        The rows; only the first ``rows.stop - rows.start`` count.
+        The samples; those after the first ``block.stop - block.start`` are copies.
     """
     size = layout.batch_size
     for start in range(0, len(x), size):
@@ -212,8 +147,8 @@ def iterate_batches(x, layout):
         yield slice(start, start + len(batch)), layout.store(fill_up(batch, size))
 
 
-def fill_up(batch, size):
-    """Fill a micro-batch up with copies of its first member.
+def fill_up(batch: torch.Tensor, size: int) -> torch.Tensor:
+    """Fill up a micro-batch with copies of its first member.
 
     Parameters
     ----------
@@ -229,28 +164,28 @@ def fill_up(batch, size):
     return torch.cat([batch, batch[:1].expand(size - len(batch), *batch.shape[1:])])
 
 
-def tile_shape(n_cells, batch_size, *, exact=False):
-    """Cut populations so that no micro-batch holds parts of two rows, nor wastes much.
+def tile_shape(n_cells: int, batch_size: int, *, exact: bool = False) -> tuple[int, int]:
+    """Choose tiles of populations that hold whole populations or parts of one, and few blanks.
 
     Parameters
     ----------
     n_cells : int
-        Cells of one row.
+        Number of cells of a population.
     batch_size : int
-        About how many cells a micro-batch is to hold.
+        Approximate number of cells in a micro-batch.
     exact : bool, default=False
-        Whether it may hold no more than these.
+        Whether that is the maximum number.
 
     Returns
     -------
     n_rows, n_columns : int
-        Rows and cells of each that go through the network together.
+        Number of populations, and of cells of each, that run through the network together.
     """
     if n_cells <= batch_size:
         return batch_size // n_cells, n_cells
     if exact:
         return 1, batch_size
-    # Of the sizes near the one that is asked for, the one that fills the fewest places with blanks.
+    # Of the sizes near batch_size, the one with the fewest blanks.
     nearest = round(n_cells / batch_size)
     numbers = range(math.ceil(n_cells / (3 * batch_size // 2)), round(1.5 * nearest) + 1)
     columns = {number: -(-n_cells // number) for number in numbers}
@@ -258,12 +193,14 @@ def tile_shape(n_cells, batch_size, *, exact=False):
     return 1, columns[best]
 
 
-def iterate_tiles(cells, batch_size, *, exact=False):
-    """Cut populations into tiles of one shape.
+def iterate_tiles(
+    cells: torch.Tensor, batch_size: int, *, exact: bool = False
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Split populations into tiles of one shape.
 
     Parameters
     ----------
-    cells : torch.Tensor of shape (n, n_cells, n_features)
+    cells : torch.Tensor of shape (n, n_cells, ...)
     batch_size : int
     exact : bool, default=False
         As :func:`tile_shape` takes them.
@@ -271,11 +208,11 @@ def iterate_tiles(cells, batch_size, *, exact=False):
     Yields
     ------
     rows, columns : slice
-        Where the tile stands in ``cells``.
-    tile : torch.Tensor of shape (n_rows, n_columns, n_features)
-        The cells, zeros where it reaches beyond the last.
+        Position of the tile in ``cells``.
+    tile : torch.Tensor of shape (n_rows, n_columns, ...)
+        The cells, and zeros beyond the last.
     """
-    n, n_cells, n_features = cells.shape
+    n, n_cells = cells.shape[:2]
     n_rows, n_columns = tile_shape(n_cells, batch_size, exact=exact)
     for top in range(0, n, n_rows):
         for left in range(0, n_cells, n_columns):
@@ -283,7 +220,144 @@ def iterate_tiles(cells, batch_size, *, exact=False):
             columns = slice(left, min(left + n_columns, n_cells))
             tile = cells[rows, columns]
             if tile.shape[:2] != (n_rows, n_columns):
-                padded = cells.new_zeros(n_rows, n_columns, n_features)
+                padded = cells.new_zeros(n_rows, n_columns, *cells.shape[2:])
                 padded[: tile.shape[0], : tile.shape[1]] = tile
                 tile = padded
             yield rows, columns, tile
+
+
+def run_samples(
+    network: TruncatedNetwork,
+    x: torch.Tensor,
+    layers: Sequence[str],
+    start: str | None,
+    layout: BatchLayout,
+    smallest: int = 1,
+) -> dict[str, torch.Tensor]:
+    """Compute layers' features of samples.
+
+    Parameters
+    ----------
+    network : TruncatedNetwork
+    x : torch.Tensor of shape (n, ...)
+        The network's inputs, or with ``start`` outputs of that layer.
+    layers : sequence of str
+    start : str or None
+    layout : BatchLayout
+        If memory is too small for it, its batch size is halved.
+    smallest : int, default=1
+        The smallest batch that the network takes.
+
+    Returns
+    -------
+    dict of str to torch.Tensor of shape (n, n_layer_features)
+
+    Raises
+    ------
+    MemoryError
+        If the smallest batch does not fit.
+    """
+
+    def run(layout: BatchLayout) -> dict[str, torch.Tensor]:
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+        for block, batch in iterate_batches(x, layout):
+            n_samples = block.stop - block.start
+            for name, output in network(batch, layers, start).items():
+                parts[name].append(output[:n_samples].reshape(n_samples, -1))
+        return {name: torch.cat(batches) for name, batches in parts.items()}
+
+    return halve_until_it_fits(run, layout, smallest=smallest)[0]
+
+
+def run_populations(
+    network: TruncatedNetwork,
+    cells: torch.Tensor,
+    antigens: torch.Tensor,
+    layer: str,
+    affinity: PopulationAffinity,
+    start: str | None,
+    layout: BatchLayout,
+    smallest: int = 1,
+) -> tuple[torch.Tensor, BatchLayout]:
+    """Run populations to a layer, and compute their affinity to antigens there.
+
+    Parameters
+    ----------
+    network : TruncatedNetwork
+    cells : torch.Tensor of shape (n, n_cells, ...)
+        The network's inputs, or with ``start`` outputs of that layer.
+    antigens : torch.Tensor of shape (n, n_layer_features)
+    layer : str
+    affinity : PopulationAffinity
+        If it is invariant under permutations, features come in the order in which they are stored,
+        which saves a copy.
+    start, layout, smallest
+        As :func:`run_samples` takes them.
+
+    Returns
+    -------
+    affinity : torch.Tensor of shape (n, n_cells)
+    layout : BatchLayout
+        The layout that fitted into memory.
+
+    Raises
+    ------
+    MemoryError
+        If the smallest batch does not fit.
+    """
+
+    def run(layout: BatchLayout) -> torch.Tensor:
+        return compare_populations(network, cells, antigens, layer, affinity, start, layout)
+
+    return halve_until_it_fits(run, layout, smallest=smallest)
+
+
+def compare_populations(
+    network: TruncatedNetwork,
+    cells: torch.Tensor,
+    antigens: torch.Tensor,
+    layer: str,
+    affinity: PopulationAffinity,
+    start: str | None,
+    layout: BatchLayout,
+) -> torch.Tensor:
+    """Do what :func:`run_populations` does, with one layout, whether it fits into memory or not.
+
+    Parameters
+    ----------
+    network, cells, antigens, layer, affinity, start, layout
+        As :func:`run_populations` takes them.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_cells)
+    """
+    stored_antigens: dict[torch.Size, torch.Tensor] = {}
+
+    def compare(tile: torch.Tensor, rows: slice, n_columns: int) -> torch.Tensor:
+        batch = tile.flatten(0, 1)
+        n_tile = len(batch)
+        if layout.exact:
+            batch = fill_up(batch, layout.batch_size)
+        if layout.channels_last:
+            batch = layout.store(batch)
+        outputs = network(batch, (layer,), start)[layer][:n_tile]
+        is_private = network.is_private_buffer(outputs, batch)
+        own = antigens
+        if affinity.permutation_invariant and outputs.is_contiguous(
+            memory_format=torch.channels_last
+        ):
+            shape = outputs.shape[1:]
+            if shape not in stored_antigens:
+                stored_antigens[shape] = antigens.reshape(-1, *shape).movedim(1, 3).flatten(1)
+            own = stored_antigens[shape]
+            outputs = outputs.movedim(1, 3)
+        own = own[rows]
+        features = outputs.reshape(*tile.shape[:2], -1)[: len(own), :n_columns]
+        return affinity(own, features, overwrite_features=is_private)
+
+    compared = cells.new_empty(cells.shape[:2])
+    for rows, columns, tile in iterate_tiles(cells, layout.batch_size, exact=layout.exact):
+        # In a function, so that large tensors are freed before the next tile needs memory.
+        compared[rows, columns] = compare(tile, rows, columns.stop - columns.start)
+    return compared

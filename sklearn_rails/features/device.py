@@ -1,20 +1,29 @@
-"""From the ``device`` and ``dtype`` parameters to torch's objects, never silently another."""
+"""The ``device`` and ``dtype`` parameters, and what passes share with the rest of the process."""
 
 import pickle
 import random
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+# Types of device for which torch has an autocast.
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
 # torch.OutOfMemoryError came with torch 2.5.
-DeviceOutOfMemoryError = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+DeviceOutOfMemoryError: type[BaseException] = getattr(
+    torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError
+)
 
 
-def resolve_device(device):
+def resolve_device(device: str | torch.device) -> torch.device:
     """Turn the ``device`` parameter into a torch device that exists here.
 
     Parameters
@@ -29,42 +38,44 @@ def resolve_device(device):
     Raises
     ------
     ValueError
-        If the name is not a device's, or the device is not there.
+        If there is no such device on this machine, or its kind is not supported.
     """
-    device = str(device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = str(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
+        resolved = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(_complaint(device, "that is not the name of a device")) from error
+        raise ValueError(_describe_problem(name, "that is not the name of a device")) from error
     if resolved.type == "cuda":
         n_devices = torch.cuda.device_count()
         if not torch.cuda.is_available():
-            raise ValueError(_complaint(device, "torch sees no CUDA device here"))
+            raise ValueError(_describe_problem(name, "torch sees no CUDA device here"))
         if resolved.index is None:
             return torch.device("cuda", torch.cuda.current_device())
         if resolved.index >= n_devices:
-            raise ValueError(_complaint(device, f"torch sees only {n_devices} CUDA device(s) here"))
+            raise ValueError(
+                _describe_problem(name, f"torch sees only {n_devices} CUDA device(s) here")
+            )
     elif resolved.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ValueError(_complaint(device, "torch sees no MPS device here"))
+            raise ValueError(_describe_problem(name, "torch sees no MPS device here"))
     elif resolved.type != "cpu":
-        raise ValueError(_complaint(device, "devices of this kind are not supported"))
+        raise ValueError(_describe_problem(name, "devices of this kind are not supported"))
     return resolved
 
 
-def keep_freed_memory():
-    """Have the C library keep large blocks that are freed, for the next of their size.
+def keep_freed_memory() -> None:
+    """Make the C library reuse large blocks that are freed.
 
-    By default glibc may hand each of them back to the system and fetch fresh memory for the next,
-    which can take longer than a convolution. It learns from the largest block up to 32 MiB that
-    was freed; elsewhere this does nothing.
+    By default glibc may return each of them to the system and request new memory for the next,
+    which can take longer than a convolution. Its threshold follows the largest block up to 32 MiB
+    that was freed; with other C libraries this has no effect.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Check whether an exception reports that memory ran out, on any device.
 
     Parameters
@@ -82,8 +93,8 @@ def is_out_of_memory(error):
     return isinstance(error, RuntimeError) and any(report in str(error) for report in reports)
 
 
-def random_state_of(device):
-    """Read the global random states that a network may draw from.
+def random_state_of(device: torch.device) -> dict[str, Any]:
+    """Return the global random states that a network may draw from.
 
     Parameters
     ----------
@@ -102,8 +113,8 @@ def random_state_of(device):
     }
 
 
-def set_random_state(state, device):
-    """Set the global random states back to what :func:`random_state_of` read.
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore the global random states that :func:`random_state_of` returned.
 
     Parameters
     ----------
@@ -117,8 +128,17 @@ def set_random_state(state, device):
     random.setstate(state["python"])
 
 
-def same_random_state(state, other):
-    """Check whether nothing was drawn between two calls of :func:`random_state_of`."""
+def same_random_state(state: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Check whether nothing was drawn between two calls of :func:`random_state_of`.
+
+    Parameters
+    ----------
+    state, other : dict of str to object
+
+    Returns
+    -------
+    bool
+    """
     return (
         torch.equal(state["torch"], other["torch"])
         and (state["cuda"] is None or torch.equal(state["cuda"], other["cuda"]))
@@ -128,10 +148,10 @@ def same_random_state(state, other):
 
 
 class RandomStateGuard:
-    """Keep the global random state through calls of a network that draws from it.
+    """Restore the global random state after passes of a network that draws from it.
 
-    Threads may overlap: the state is read when the first of them enters and set back when the last
-    one leaves. With a state of its own, a thread would set back what another one has drawn.
+    Threads may overlap: the state is read when the first of them enters and restored when the last
+    one leaves. With a state of its own, a thread would undo the draws of another one.
 
     Parameters
     ----------
@@ -139,27 +159,75 @@ class RandomStateGuard:
     """
 
     _lock = threading.Lock()
-    _n_inside = Counter()
-    _states = {}
+    _n_inside: ClassVar[Counter[torch.device]] = Counter()
+    _states: ClassVar[dict[torch.device, dict[str, Any]]] = {}
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         with self._lock:
             if self._n_inside[self._device] == 0:
                 self._states[self._device] = random_state_of(self._device)
             self._n_inside[self._device] += 1
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._n_inside[self._device] -= 1
             if self._n_inside[self._device] == 0:
                 set_random_state(self._states.pop(self._device), self._device)
 
 
-def _complaint(device, why):
+def isolated_pass(
+    device: torch.device, *, draws_random: bool = False
+) -> AbstractContextManager[object]:
+    """Return a context in which passes and the global state do not affect each other.
+
+    An autocast of the caller would change the features of queries, but not those of the index.
+
+    Parameters
+    ----------
+    device : torch.device
+    draws_random : bool, default=False
+        Whether the network draws from the global random state, which is then restored.
+
+    Returns
+    -------
+    context manager
+    """
+    if draws_random:
+        return _restored_random_state(device)
+    if device.type in AUTOCAST_DEVICES:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def _restored_random_state(device: torch.device) -> Iterator[None]:
+    with isolated_pass(device), RandomStateGuard(device):
+        yield
+
+
+def to_tensor(X: NDArray[Any] | torch.Tensor) -> torch.Tensor:
+    """Return an array as a tensor, which shares its memory if torch allows it.
+
+    Parameters
+    ----------
+    X : ndarray or torch.Tensor
+
+    Returns
+    -------
+    torch.Tensor
+    """
+    if isinstance(X, torch.Tensor):
+        return X
+    # torch warns of read-only arrays, such as memory-mapped ones, and refuses negative strides.
+    is_plain = X.flags.writeable and X.flags.c_contiguous and min(X.strides) >= 0
+    return torch.from_numpy(X if is_plain else X.copy())
+
+
+def _describe_problem(name: str, why: str) -> str:
     return (
-        f"device={device!r} cannot be used: {why}. Use 'auto', 'cpu', 'cuda', 'cuda:<index>', "
+        f"device={name!r} cannot be used: {why}. Use 'auto', 'cpu', 'cuda', 'cuda:<index>', "
         "'mps' or a torch.device."
     )

@@ -4,28 +4,35 @@ import io
 import sys
 import types
 import weakref
+from collections.abc import MutableMapping
+from typing import Any
 
 import cloudpickle
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .copying import checksum, plain_module
+from .contents import checksum, plain_module
 
-# module -> (checksum, blob). The same array object is returned until the network changes, so that
+# Checksums of a network and its layers' train/eval flags.
+BlobKey = tuple[tuple[str, str], list[bool]]
+
+# The same array object is returned until the network changes, so that
 # joblib writes it to disk once for all tasks of a search.
+_BLOBS: MutableMapping[nn.Module, tuple[BlobKey, NDArray[np.uint8]]]
 _BLOBS = weakref.WeakKeyDictionary()
 
 
-class _NetworkPickler(cloudpickle.Pickler):
+class _NetworkPickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickle what torch refuses to pickle as it is: parametrized, compiled and scripted modules.
 
     cloudpickle, so that a class written in a notebook reaches the workers of a search.
     """
 
-    def reducer_override(self, obj):
+    def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.jit.ScriptModule):
             buffer = io.BytesIO()
             torch.jit.save(obj, buffer)
@@ -34,10 +41,10 @@ class _NetworkPickler(cloudpickle.Pickler):
             if plain_module(obj) is not obj:
                 return _same, (plain_module(obj),)
             if parametrize.is_parametrized(obj):
-                state = dict(vars(obj), _modules=dict(obj._modules))
-                parametrizations = dict(state["_modules"].pop("parametrizations").items())
+                attributes: dict[str, Any] = dict(vars(obj), _modules=dict(obj._modules))
+                parametrizations = dict(attributes["_modules"].pop("parametrizations").items())
                 cls = parametrize.type_before_parametrizations(obj)
-                state = state, parametrizations
+                state = attributes, parametrizations
                 return object.__new__, (cls,), state, None, None, _restore_parametrized
         return super().reducer_override(obj)
 
@@ -46,15 +53,15 @@ class _NetworkPickler(cloudpickle.Pickler):
 _NETWORK_PICKLE = types.SimpleNamespace(__name__=__name__, Pickler=_NetworkPickler)
 
 
-def _same(obj):
+def _same(obj: object) -> object:
     return obj
 
 
-def _load_script(data):
-    return torch.jit.load(io.BytesIO(data), map_location="cpu")
+def _load_script(data: bytes) -> Any:
+    return torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
 
 
-def _restore_parametrized(module, state):
+def _restore_parametrized(module: Any, state: tuple[dict[str, Any], dict[str, nn.Module]]) -> None:
     attributes, parametrizations = state
     vars(module).update(attributes)
     for name, parametrization in parametrizations.items():
@@ -64,14 +71,15 @@ def _restore_parametrized(module, state):
         module.parametrizations[name] = parametrization
 
 
-def _blob_key(module):
+def _blob_key(module: nn.Module) -> BlobKey:
     training = [getattr(layer, "training", False) for layer in module.modules()]
     return checksum(module), training
 
 
-def _to_blob(module):
-    key, (kept, blob) = _blob_key(module), _BLOBS.get(module, (None, None))
-    if kept != key:
+def _to_blob(module: nn.Module) -> NDArray[np.uint8]:
+    key = _blob_key(module)
+    kept = _BLOBS.get(module)
+    if kept is None or kept[0] != key:
         buffer = io.BytesIO()
         try:
             torch.save(plain_module(module), buffer, pickle_module=_NETWORK_PICKLE)
@@ -79,20 +87,21 @@ def _to_blob(module):
             raise TypeError(
                 f"The network {type(module).__name__} cannot be pickled: {error}. Remove the "
                 "attribute that cannot be pickled (a lock, an open file, a generator), or define a "
-                "__getstate__ without it and a __setstate__ that makes it anew."
+                "__getstate__ without it and a __setstate__ that creates it again."
             ) from error
-        blob = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
-        _BLOBS[module] = key, blob
-    return blob
+        kept = _BLOBS[module] = key, np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+    return kept[1]
 
 
-def _from_blob(blob):
-    module = torch.load(io.BytesIO(blob.tobytes()), map_location="cpu", weights_only=False)
+def _from_blob(blob: NDArray[np.uint8]) -> nn.Module:
+    module: nn.Module = torch.load(
+        io.BytesIO(blob.tobytes()), map_location="cpu", weights_only=False
+    )
     _BLOBS[module] = _blob_key(module), blob
     return module
 
 
-def _load_frozen(blob):
+def _load_frozen(blob: NDArray[np.uint8]) -> "FrozenModule":
     return FrozenModule(_from_blob(blob))
 
 
@@ -144,12 +153,12 @@ class FrozenModule:
     def __init__(self, module: object) -> None:
         self.module = as_module(module)
 
-    def __sklearn_clone__(self):
+    def __sklearn_clone__(self) -> "FrozenModule":
         return self
 
-    def __reduce_ex__(self, protocol):
-        # Not a state of bytes: tools that load states without running code (skops) would be led
-        # to run what the bytes hold. They see the network itself, or refuse it.
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        # Not as a state of bytes: tools that load states without running code (skops) would run
+        # what the bytes hold. They pickle the network itself, or refuse it.
         return _load_frozen, (_to_blob(self.module),)
 
     def __repr__(self) -> str:
@@ -157,12 +166,13 @@ class FrozenModule:
         return f"FrozenModule({type(self.module).__name__}, {n_parameters:,} parameters)"
 
 
-# module's id -> its living handle, so that everything pickled together names one handle.
+# module's id -> its living handle, so that everything pickled together shares one handle.
+_HANDLES: MutableMapping[int, FrozenModule]
 _HANDLES = weakref.WeakValueDictionary()
 
 
-def freeze(module):
-    """Give the handle of a network, the same one as long as it is in use.
+def freeze(module: object) -> FrozenModule:
+    """Return the handle of a network, the same one as long as it is in use.
 
     Parameters
     ----------
@@ -172,20 +182,29 @@ def freeze(module):
     -------
     FrozenModule
     """
-    module = as_module(module)
-    handle = _HANDLES.get(id(module))
+    network = as_module(module)
+    handle = _HANDLES.get(id(network))
     if handle is None:
-        handle = _HANDLES[id(module)] = FrozenModule(module)
+        handle = _HANDLES[id(network)] = FrozenModule(network)
     return handle
 
 
-def is_network(value):
-    """Tell whether an estimator's parameter is a bare network."""
+def is_network(value: object) -> bool:
+    """Check whether an estimator's parameter is a bare network.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    bool
+    """
     return isinstance(value, nn.Module) or _is_skorch_net(value)
 
 
-def as_module(network, parameter="module"):
-    """Give the ``torch.nn.Module`` behind a network in any of its forms.
+def as_module(network: object, parameter: str = "module") -> nn.Module:
+    """Return the ``torch.nn.Module`` behind a network in any of its forms.
 
     Parameters
     ----------
@@ -217,14 +236,15 @@ def as_module(network, parameter="module"):
                 "FrozenModule(net), before it is cloned, or fit it first. If its weights were "
                 "loaded with load_params, pass its network, net.module_."
             )
-        return network.module_
+        module: nn.Module = network.module_  # type: ignore[attr-defined]
+        return module
     raise TypeError(
         f"{parameter} must be a torch.nn.Module, a fitted skorch net or a FrozenModule, got "
         f"{type(network).__name__}."
     )
 
 
-def _is_skorch_net(value):
+def _is_skorch_net(value: object) -> bool:
     # Importing skorch costs a second; a value can be its net only if somebody has done so.
     skorch = sys.modules.get("skorch")
     return skorch is not None and isinstance(value, skorch.NeuralNet)

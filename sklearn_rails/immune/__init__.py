@@ -1,6 +1,16 @@
-"""The five steps as pure functions on tensors: no estimator, no global state."""
+"""One immune response, from flock to vote."""
 
+from .engine import ImmuneEngine
+from .gates import Arbitration, Triage
+from .layer import ResponseLayer
 from .memory import MemoryBank
 from .response import ImmuneResponse
 
-__all__ = ["ImmuneResponse", "MemoryBank"]
+__all__ = [
+    "Arbitration",
+    "ImmuneEngine",
+    "ImmuneResponse",
+    "MemoryBank",
+    "ResponseLayer",
+    "Triage",
+]

@@ -2,12 +2,12 @@
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ..neighbors.affinity import replace_non_finite
 
-
-def top_count(fraction, n_cells):
+def top_count(fraction: float, n_cells: int) -> int:
     """Count the cells in the top ``fraction`` of a population, at least one.
 
     Parameters
@@ -23,30 +23,29 @@ def top_count(fraction, n_cells):
     return max(1, math.ceil(round(float(fraction) * int(n_cells), 9)))
 
 
-def rank_by_affinity(affinity, n_fittest):
+def rank_by_affinity(affinity: torch.Tensor, n_fittest: int) -> torch.Tensor:
     """Rank the cells of highest affinity, ties by position.
 
     Parameters
     ----------
     affinity : torch.Tensor of shape (n, n_cells)
-        Cells whose affinity is NaN or minus infinity come last.
+        Cells without an affinity, minus infinity, come last.
     n_fittest : int
 
     Returns
     -------
     torch.Tensor of shape (n, n_fittest), int64
     """
-    affinity = replace_non_finite(affinity)
     return affinity.sort(dim=1, descending=True, stable=True).indices[:, :n_fittest]
 
 
-def unanimous_class(affinity, labels, n_plasma):
+def unanimous_class(affinity: torch.Tensor, labels: torch.Tensor, n_plasma: int) -> torch.Tensor:
     """Find the class that all of a population's plasma is of.
 
     Parameters
     ----------
     affinity : torch.Tensor of shape (n, n_cells)
-        Cells whose affinity is NaN or minus infinity have no say.
+        Cells without an affinity, minus infinity, have no say.
     labels : torch.Tensor of shape (n, n_cells), int64
     n_plasma : int
 
@@ -55,13 +54,13 @@ def unanimous_class(affinity, labels, n_plasma):
     torch.Tensor of shape (n,), int64
         The class, or -1 where the plasma is divided or no cell has an affinity.
     """
-    ranking = replace_non_finite(affinity).sort(dim=1, descending=True, stable=True)
+    ranking = affinity.sort(dim=1, descending=True, stable=True)
     plasma, silent = labels.gather(1, ranking.indices[:, :n_plasma]), ranking.values == -torch.inf
     agree = ((plasma == plasma[:, :1]) | silent[:, :n_plasma]).all(dim=1)
     return torch.where(agree, plasma[:, 0], -1).masked_fill_(silent[:, 0], -1)
 
 
-def count_votes(labels, n_classes):
+def count_votes(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     """Count each class's votes.
 
     Parameters
@@ -77,8 +76,10 @@ def count_votes(labels, n_classes):
     return votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float64))
 
 
-def class_affinity(affinity, labels, flocked):
-    """Give each class's highest affinity among its cells and its nearest neighbour.
+def class_affinity(
+    affinity: torch.Tensor, labels: torch.Tensor, flocked: torch.Tensor
+) -> torch.Tensor:
+    """Compute each class's highest affinity among its cells and its nearest neighbour.
 
     The neighbour stands in for a class that has died out.
 
@@ -94,11 +95,10 @@ def class_affinity(affinity, labels, flocked):
     torch.Tensor of shape (n, n_classes)
         Minus infinity for a class without cells and neighbours.
     """
-    affinity = replace_non_finite(affinity)
     return flocked[..., 0].scatter_reduce(1, labels, affinity, "amax")
 
 
-def tie_break(affinity, tau):
+def tie_break(affinity: torch.Tensor, tau: float) -> torch.Tensor:
     """Map the classes' affinities to less than half a vote, in the same order.
 
     The map never levels off, so that scores show a difference where the votes do not.
@@ -114,7 +114,7 @@ def tie_break(affinity, tau):
     torch.Tensor of shape (n, n_classes), float64
         Between 0 and 0.5; 0 for a class without an affinity.
     """
-    affinity = replace_non_finite(affinity.to(torch.float64))
+    affinity = affinity.to(torch.float64)
     there = affinity > -torch.inf
     # Shares of the mean, since sums may overflow.
     count = there.sum(dim=1, keepdim=True).clamp(min=1)
@@ -123,3 +123,17 @@ def tie_break(affinity, tau):
     # z / (1 + |z|) for z = away / tau, which may overflow; 0 / 0 is no difference.
     share = (away / (tau / 2 + away.abs())).nan_to_num(nan=0.0)
     return (0.25 * (1 + share)).masked_fill(~there, 0)
+
+
+def normalize_votes(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide the classes' scores by their sum.
+
+    Parameters
+    ----------
+    scores : ndarray of shape (n, n_classes)
+
+    Returns
+    -------
+    ndarray of shape (n, n_classes)
+    """
+    return scores / scores.sum(axis=1, keepdims=True)

@@ -1,6 +1,14 @@
 """Memory: remembered cells, how many there may be, and which of them go."""
 
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
+
+from .response import ImmuneResponse
 
 
 class MemoryBank:
@@ -38,8 +46,8 @@ class MemoryBank:
     def __init__(self, capacity: int, n_classes: int, cell_shape: tuple[int, ...]) -> None:
         self.capacity = capacity
         self.n_classes = n_classes
-        self.cells = np.zeros((0, *cell_shape), dtype=np.float32)
-        self.labels = np.zeros(0, dtype=np.int64)
+        self.cells: NDArray[Any] = np.zeros((0, *cell_shape), dtype=np.float32)
+        self.labels: NDArray[Any] = np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,8 +55,8 @@ class MemoryBank:
     def __repr__(self) -> str:
         return f"MemoryBank({len(self)} cells, capacity {self.capacity})"
 
-    def with_cells(self, cells: np.ndarray, labels: np.ndarray) -> "MemoryBank":
-        """Give a bank with more cells; this one stays as it is.
+    def with_cells(self, cells: NDArray[Any], labels: NDArray[Any]) -> MemoryBank:
+        """Return a bank with more cells; this one stays as it is.
 
         Parameters
         ----------
@@ -75,8 +83,18 @@ class MemoryBank:
         bank.cells, bank.labels = cells[kept], labels[kept]
         return bank
 
-    def with_classes(self, n_classes: int, places: np.ndarray) -> "MemoryBank":
-        """Give the bank of an estimator that has learned of more classes.
+    def emptied(self) -> MemoryBank:
+        """Return a bank of the same size without cells.
+
+        Returns
+        -------
+        MemoryBank
+            This one stays as it is.
+        """
+        return MemoryBank(self.capacity, self.n_classes, self.cells.shape[1:])
+
+    def with_classes(self, n_classes: int, places: NDArray[Any]) -> MemoryBank:
+        """Return the bank of an estimator that has learned of more classes.
 
         Parameters
         ----------
@@ -92,3 +110,67 @@ class MemoryBank:
         """
         bank = MemoryBank(self.capacity, n_classes, self.cells.shape[1:])
         return bank.with_cells(self.cells, places[self.labels])
+
+
+def select_memories(
+    memory: dict[str, MemoryBank],
+    response: ImmuneResponse,
+    classes: NDArray[Any],
+    y: NDArray[Any] | None,
+    confidence: float,
+) -> dict[str, MemoryBank]:
+    """Add the memory cells of a response to what is remembered.
+
+    Of each sample those cells are kept that are of the class that was predicted, if the plasma
+    agreed on it; or, if its class is given, those that are of this class.
+
+    Parameters
+    ----------
+    memory : dict of str to MemoryBank
+    response : ImmuneResponse
+    classes : ndarray of shape (n_classes,)
+        The class labels.
+    y : ndarray of shape (n,) or None
+        The true classes of the samples.
+    confidence : float
+        Share of the plasma, over all layers, that must be of the predicted class, without ``y``.
+
+    Returns
+    -------
+    dict of str to MemoryBank
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the response is none, or one of an estimator with other layers, classes or cells.
+    """
+    if not isinstance(response, ImmuneResponse):
+        raise TypeError(f"response must be what respond returned, got {type(response).__name__}.")
+    if not isinstance(confidence, Real) or not 0 <= confidence <= 1:
+        raise ValueError(f"confidence={confidence!r} must be between 0 and 1.")
+    shape = next(iter(memory.values())).cells.shape[1:]
+    fits = set(response.memory) == set(memory) and all(
+        response.memory[layer].shape[2:] == shape
+        and np.isin(response.memory_labels[layer], classes).all()
+        for layer in memory
+    )
+    if not fits:
+        raise ValueError(
+            "response is that of another estimator: its memory cells must be of the layers "
+            f"{list(memory)}, of shape {shape} and of the classes that were fitted."
+        )
+    if y is None:
+        plasma = np.concatenate(list(response.plasma_labels.values()), axis=1)
+        agreed = (plasma == response.labels[:, None]).mean(axis=1)
+        wanted, kept = response.labels, agreed >= confidence
+    else:
+        wanted, kept = y, np.ones(len(y), dtype=bool)
+    places = np.searchsorted(classes, wanted)
+    updated = {}
+    for layer, bank in memory.items():
+        # The best cells count as the newest of a sample.
+        cells = response.memory[layer][:, ::-1]
+        labels = np.searchsorted(classes, response.memory_labels[layer][:, ::-1])
+        chosen = (labels == places[:, None]) & kept[:, None]
+        updated[layer] = bank.with_cells(cells[chosen], labels[chosen])
+    return updated

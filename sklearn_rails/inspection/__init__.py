@@ -1,4 +1,4 @@
-"""Displays that show how a prediction came about."""
+"""Displays that explain predictions and show threat scores."""
 
 from ._affinity_curve import AffinityCurveDisplay
 from ._immune_response import ImmuneResponseDisplay

@@ -1,30 +1,43 @@
-"""How the affinity of populations grew over the generations, as a mean over many inputs."""
+"""Mean affinity of populations over the generations, for many inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from ._immune_response import _check_matplotlib
+from ..immune import ImmuneResponse
+from ._matplotlib import check_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
 
 class AffinityCurveDisplay:
-    """Mean affinity of populations against the generation, over many inputs, with its band.
+    """Mean affinity of populations over the generations, with a confidence band.
 
-    The band is the normal-approximation confidence interval of the mean over the rows. A row that
-    stopped early carries its last affinity forward: a mean over only the rows that are still
-    running would compare different rows at different generations. Several lines compare
-    responses, as [1]_ does for populations flocked for the input itself and for another one.
+    The band is the normal-approximation confidence interval of the mean over the samples. A sample
+    that stopped early keeps its last affinity: a mean over only the samples that are still running
+    would compare different samples at different generations. Several lines compare responses, as
+    [1]_ does for populations flocked for the input itself and for another one.
 
-    Use :meth:`from_response` to make one. All parameters are stored as attributes.
+    Use :meth:`from_response` to create a display. All parameters are stored as attributes.
 
     Parameters
     ----------
     curves : dict of str to ndarray of shape (n, generations + 1)
-        The affinity curves of each line, by the label it has in the legend; NaN after a row has
-        stopped early. The label None keeps a line out of the legend.
+        The affinity curves of each line, by its label in the legend; NaN after a sample has
+        stopped early. A line with the label None is not in the legend.
     layer : str
-        The layer that the affinity was measured in.
+        The layer in which affinity was measured.
     confidence : float, default=0.95
-        Confidence level of the bands, between 0 and 1. The band of a single row has zero width.
+        Confidence level of the bands, between 0 and 1. The band of a single sample has no width.
 
     Attributes
     ----------
@@ -33,13 +46,13 @@ class AffinityCurveDisplay:
     bands_ : list of matplotlib PolyCollection
         Their confidence intervals.
     ax_ : matplotlib Axes
-        What was drawn on.
+        The axes.
     figure_ : matplotlib Figure or SubFigure
-        The figure that it is in.
+        The figure of the axes.
 
     See Also
     --------
-    ImmuneResponseDisplay : Single responses, one row each.
+    ImmuneResponseDisplay : Single responses as images.
     RAILSClassifier.respond : The responses as arrays.
 
     References
@@ -64,29 +77,44 @@ class AffinityCurveDisplay:
     >>> plt.show()
     """
 
-    def __init__(self, curves, *, layer, confidence=0.95):
+    lines_: list[Line2D]
+    bands_: list[PolyCollection]
+    ax_: Axes
+    figure_: Figure | SubFigure
+
+    def __init__(
+        self, curves: Mapping[str | None, ArrayLike], *, layer: str, confidence: float = 0.95
+    ) -> None:
         self.curves = curves
         self.layer = layer
         self.confidence = confidence
 
     @classmethod
-    def from_response(cls, response, *, layer=None, confidence=0.95, ax=None, **line_kwargs):
+    def from_response(
+        cls,
+        response: ImmuneResponse | Mapping[str | None, ImmuneResponse],
+        *,
+        layer: str | None = None,
+        confidence: float = 0.95,
+        ax: Axes | None = None,
+        **line_kwargs: Any,
+    ) -> AffinityCurveDisplay:
         """Plot the affinity curves of a response, or of several to compare.
 
-        A row that stopped early carries its last affinity forward.
+        A sample that stopped early keeps its last affinity.
 
         Parameters
         ----------
         response : ImmuneResponse or dict of str to ImmuneResponse
-            What :meth:`RAILSClassifier.respond` gave. Each response of a dictionary has a line of
-            its own, and its key in the legend.
+            Result of :meth:`RAILSClassifier.respond`. Each response of a dictionary has a line of
+            its own, with its key in the legend.
         layer : str, default=None
             The layer to show. None takes the first of the (first) response.
         confidence : float, default=0.95
-            Confidence level of the bands, between 0 and 1. The band of a single row has zero
+            Confidence level of the bands, between 0 and 1. The band of a single sample has no
             width.
         ax : matplotlib Axes, default=None
-            What to draw on. None makes a new figure.
+            Axes to draw on. None creates a figure.
         **line_kwargs : dict
             Passed to matplotlib's ``plot``, for every line.
 
@@ -100,11 +128,13 @@ class AffinityCurveDisplay:
         ImportError
             If matplotlib is not installed.
         ValueError
-            If there is no response, one does not have the layer or has no rows, or ``confidence``
-            is not between 0 and 1.
+            If there is no response, one lacks the layer or has no samples, or ``confidence`` is
+            not between 0 and 1.
         """
-        _check_matplotlib(f"{cls.__name__}.from_response")
-        responses = response if isinstance(response, dict) else {None: response}
+        check_matplotlib(f"{cls.__name__}.from_response")
+        responses: Mapping[str | None, ImmuneResponse] = (
+            response if isinstance(response, Mapping) else {None: response}
+        )
         if not responses:
             raise ValueError("response={} must have one response or more.")
         if layer is None:
@@ -118,20 +148,20 @@ class AffinityCurveDisplay:
         curves = {label: one.affinity_curve[layer] for label, one in responses.items()}
         return cls(curves, layer=layer, confidence=confidence).plot(ax=ax, **line_kwargs)
 
-    def plot(self, *, ax=None, **line_kwargs):
+    def plot(self, *, ax: Axes | None = None, **line_kwargs: Any) -> AffinityCurveDisplay:
         """Plot the curves.
 
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            What to draw on. None makes a new figure.
+            Axes to draw on. None creates a figure.
         **line_kwargs : dict
             Passed to matplotlib's ``plot``, for every line.
 
         Returns
         -------
         :class:`~sklearn_rails.inspection.AffinityCurveDisplay`
-            The display itself, with what was drawn as attributes.
+            The display itself, with its lines and axes as attributes.
 
         Raises
         ------
@@ -141,11 +171,11 @@ class AffinityCurveDisplay:
             If there are no curves, some are not of shape (n, generations + 1) or do not begin with
             a finite affinity, or ``confidence`` is not between 0 and 1.
         """
-        _check_matplotlib(f"{type(self).__name__}.plot")
+        check_matplotlib(f"{type(self).__name__}.plot")
         import matplotlib.pyplot as plt
         from matplotlib.ticker import MaxNLocator
 
-        # Before a figure is made, which an error would leave behind empty.
+        # Computed before a figure is created, so that an error leaves no empty one behind.
         intervals = self._intervals()
         if ax is None:
             _, ax = plt.subplots()
@@ -162,17 +192,17 @@ class AffinityCurveDisplay:
             )
             self.lines_.append(line)
             self.bands_.append(band)
-        # Without any generation bred there is but one tick that is an integer.
+        # With generations=0 the axis has only one integer tick.
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.set(xlabel="generation", ylabel=f"mean affinity (layer: {self.layer})")
-        # Matplotlib names a line without a label "_child0", and leaves it out of legends.
-        if not all(line.get_label().startswith("_") for line in self.lines_):
+        # Matplotlib labels a line without a label "_child0" and leaves it out of legends.
+        if not all(str(line.get_label()).startswith("_") for line in self.lines_):
             ax.legend()
         self.ax_, self.figure_ = ax, ax.figure
         return self
 
-    def _intervals(self):
-        """Give each label's mean, and half the width of its confidence interval."""
+    def _intervals(self) -> dict[str | None, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Return the mean and half the width of its confidence interval, for each label."""
         if not self.curves:
             raise ValueError(f"curves={self.curves!r} must have the curves of one line or more.")
         if not 0 < self.confidence < 1:
@@ -182,27 +212,27 @@ class AffinityCurveDisplay:
         z = norm.ppf((1 + self.confidence) / 2)
         intervals = {}
         for label, curves in self.curves.items():
-            curves = _carry_forward(label, curves)
-            n = len(curves)
-            # A single row has no sample deviation; with ddof=0 it is 0.
-            deviation = curves.std(axis=0, ddof=1 if n > 1 else 0)
-            intervals[label] = curves.mean(axis=0), z * deviation / np.sqrt(n)
+            filled = _carry_forward(label, curves)
+            n = len(filled)
+            # The deviation of a single sample is not defined with ddof=1; with ddof=0 it is 0.
+            deviation = filled.std(axis=0, ddof=1 if n > 1 else 0)
+            intervals[label] = filled.mean(axis=0), z * deviation / np.sqrt(n)
         return intervals
 
 
-def _carry_forward(label, curves):
-    """Fill the generations after a row has stopped with its last affinity."""
-    curves = np.asarray(curves, dtype=np.float64)
-    if curves.ndim != 2 or curves.size == 0:
+def _carry_forward(label: str | None, curves: ArrayLike) -> NDArray[np.float64]:
+    """Fill the generations after a sample has stopped with its last affinity."""
+    array = np.asarray(curves, dtype=np.float64)
+    if array.ndim != 2 or array.size == 0:
         raise ValueError(
-            f"curves[{label!r}] has shape {curves.shape}; it must be (n, generations + 1), with "
-            "one row or more."
+            f"curves[{label!r}] has shape {array.shape}; it must be (n, generations + 1), with "
+            "one sample or more."
         )
-    known = np.isfinite(curves[:, 0])
+    known = np.isfinite(array[:, 0])
     if not known.all():
         raise ValueError(
-            f"curves[{label!r}] must begin with a finite affinity in every row, got "
-            f"{curves[~known, 0][0]} in row {np.flatnonzero(~known)[0]}."
+            f"curves[{label!r}] must begin with a finite affinity for every sample, got "
+            f"{array[~known, 0][0]} for sample {np.flatnonzero(~known)[0]}."
         )
-    last_bred = np.where(np.isnan(curves), 0, np.arange(curves.shape[1]))
-    return np.take_along_axis(curves, np.maximum.accumulate(last_bred, axis=1), axis=1)
+    last_bred = np.where(np.isnan(array), 0, np.arange(array.shape[1]))
+    return np.take_along_axis(array, np.maximum.accumulate(last_bred, axis=1), axis=1)

@@ -1,32 +1,48 @@
-"""How single immune responses went, as images."""
+"""Single immune responses as images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+
+from ..immune import ImmuneResponse
+from ._matplotlib import check_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
 
 class ImmuneResponseDisplay:
     """Immune responses to a few images, one row each.
 
-    A row has the input, its nearest training example of the predicted class and of the network's
-    class, the fittest plasma cells, and the mean affinity of the population over the generations.
+    A row of the figure shows the input, its nearest training example of the predicted class and of
+    the network's class, the plasma cells of highest affinity, and the mean affinity of the
+    population over the generations.
 
-    Use :meth:`from_estimator` to make one. All parameters are stored as attributes.
+    Use :meth:`from_estimator` to create a display. All parameters are stored as attributes.
 
     Parameters
     ----------
     images : ndarray of shape (n, height, width) or (n, height, width, 3)
         The inputs.
     response : ImmuneResponse
-        The responses to them.
+        The responses to the inputs.
     layer : str
         The layer whose neighbours, plasma and affinity are shown.
     neighbors : ndarray of shape (n, height, width) or (n, height, width, 3)
         The nearest training examples of the predicted classes.
     plasma : ndarray of shape (n, n_plasma, height, width) or (n, n_plasma, height, width, 3)
-        The plasma cells to show, the best first.
+        The plasma cells to show, by descending affinity.
     network_labels : ndarray of shape (n,), default=None
-        What the network alone predicts.
+        The classes that the network alone predicts.
     network_neighbors : ndarray of the shape of ``neighbors``, default=None
         The nearest training examples of these classes.
     y : ndarray of shape (n,), default=None
@@ -35,7 +51,7 @@ class ImmuneResponseDisplay:
     Attributes
     ----------
     figure_ : matplotlib Figure or SubFigure
-        What was drawn on.
+        The figure.
     axes_ : ndarray of matplotlib Axes of shape (n, n_columns)
         The axes.
     lines_ : list of matplotlib Line2D
@@ -61,18 +77,22 @@ class ImmuneResponseDisplay:
     >>> plt.show()
     """
 
+    figure_: Figure | SubFigure
+    axes_: NDArray[np.object_]
+    lines_: list[Line2D]
+
     def __init__(
         self,
-        images,
+        images: NDArray[Any],
         *,
-        response,
-        layer,
-        neighbors,
-        plasma,
-        network_labels=None,
-        network_neighbors=None,
-        y=None,
-    ):
+        response: ImmuneResponse,
+        layer: str,
+        neighbors: NDArray[Any],
+        plasma: NDArray[Any],
+        network_labels: NDArray[Any] | None = None,
+        network_neighbors: NDArray[Any] | None = None,
+        y: NDArray[Any] | None = None,
+    ) -> None:
         self.images = images
         self.response = response
         self.layer = layer
@@ -85,18 +105,18 @@ class ImmuneResponseDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: Any,
+        X: ArrayLike | torch.Tensor,
         *,
-        X_train,
-        network_labels=None,
-        y=None,
-        layer=None,
-        n_plasma=3,
-        cmap="gray_r",
-        figure=None,
-    ):
-        """Let a classifier respond to images, and plot the responses.
+        X_train: ArrayLike | torch.Tensor,
+        network_labels: ArrayLike | None = None,
+        y: ArrayLike | None = None,
+        layer: str | None = None,
+        n_plasma: int = 3,
+        cmap: str | Colormap = "gray_r",
+        figure: Figure | SubFigure | None = None,
+    ) -> ImmuneResponseDisplay:
+        """Compute a classifier's responses to images, and plot them.
 
         Parameters
         ----------
@@ -105,19 +125,19 @@ class ImmuneResponseDisplay:
         X : array-like of shape (n, n_features) or (n, *input_shape)
             The inputs; a handful.
         X_train : array-like of shape (n_train, n_features) or (n_train, *input_shape)
-            What the classifier was fitted on.
+            The samples that the classifier was fitted on.
         network_labels : array-like of shape (n,), default=None
-            What the network alone predicts.
+            The classes that the network alone predicts.
         y : array-like of shape (n,), default=None
             The true classes.
         layer : str, default=None
             The layer to show. None takes the classifier's first.
         n_plasma : int, default=3
-            Plasma cells to show for each input.
+            Number of plasma cells to show for each input.
         cmap : str or matplotlib Colormap, default="gray_r"
-            Colours of images that have one channel.
+            Colour map of images with one channel.
         figure : matplotlib Figure or SubFigure, default=None
-            What to draw on. None makes a new figure.
+            Figure to draw on. None creates one.
 
         Returns
         -------
@@ -129,10 +149,10 @@ class ImmuneResponseDisplay:
         ImportError
             If matplotlib is not installed.
         ValueError
-            If rows or cells are not images, the layer is none of the classifier's, ``X_train`` is
-            not what it was fitted on, or labels and inputs do not fit each other.
+            If samples or cells are not images, the classifier does not use the layer, ``X_train``
+            is not what it was fitted on, or the numbers of labels and inputs differ.
         """
-        _check_matplotlib(f"{cls.__name__}.from_estimator")
+        check_matplotlib(f"{cls.__name__}.from_estimator")
         check_is_fitted(estimator)
         layer = estimator.layers_[0] if layer is None else layer
         if layer not in estimator.layers_:
@@ -146,24 +166,24 @@ class ImmuneResponseDisplay:
         n_train = estimator.neighbors_[layer].n_samples_.sum()
         if len(train_images) != n_train:
             raise ValueError(
-                f"X_train has {len(train_images)} rows, but the classifier was fitted on {n_train}."
+                f"X_train has {len(train_images)} samples, but the classifier was fitted on "
+                f"{n_train}."
             )
         images = _as_images(X, estimator.input_shape_)
-        if y is not None:
-            y = column_or_1d(y)
-        if network_labels is not None:
-            network_labels = column_or_1d(network_labels)
-        check_consistent_length(images, y, network_labels)
+        true = None if y is None else column_or_1d(y)
+        network = None if network_labels is None else column_or_1d(network_labels)
+        check_consistent_length(images, true, network)
 
         response = estimator.respond(X)
         nearest = estimator.kneighbors(X)[1][layer][:, :, 0]
 
-        def nearest_of(labels):
+        def nearest_of(labels: NDArray[Any]) -> NDArray[Any]:
             known = np.isin(labels, estimator.classes_)
             if not known.all():
                 raise ValueError(f"network_labels has unknown classes: {set(labels[~known])}.")
             classes = np.searchsorted(estimator.classes_, labels)
-            return train_images[nearest[np.arange(len(labels)), classes]]
+            images: NDArray[Any] = train_images[nearest[np.arange(len(labels)), classes]]
+            return images
 
         plasma = response.plasma[layer][:, :n_plasma]
         shown = cls(
@@ -172,39 +192,41 @@ class ImmuneResponseDisplay:
             layer=layer,
             neighbors=nearest_of(response.labels),
             plasma=_as_images(plasma, estimator.input_shape_) if n_plasma > 0 else plasma,
-            network_labels=network_labels,
-            network_neighbors=None if network_labels is None else nearest_of(network_labels),
-            y=y,
+            network_labels=network,
+            network_neighbors=None if network is None else nearest_of(network),
+            y=true,
         )
         return shown.plot(cmap=cmap, figure=figure)
 
-    def plot(self, *, cmap="gray_r", figure=None):
+    def plot(
+        self, *, cmap: str | Colormap = "gray_r", figure: Figure | SubFigure | None = None
+    ) -> ImmuneResponseDisplay:
         """Plot the responses.
 
         Parameters
         ----------
         cmap : str or matplotlib Colormap, default="gray_r"
-            Colours of images that have one channel.
+            Colour map of images with one channel.
         figure : matplotlib Figure or SubFigure, default=None
-            What to draw on. None makes a new figure.
+            Figure to draw on. None creates one.
 
         Returns
         -------
         :class:`~sklearn_rails.inspection.ImmuneResponseDisplay`
-            The display itself, with what was drawn as attributes.
+            The display itself, with its figure and axes as attributes.
 
         Raises
         ------
         ImportError
             If matplotlib is not installed.
         """
-        _check_matplotlib(f"{type(self).__name__}.plot")
+        check_matplotlib(f"{type(self).__name__}.plot")
         import matplotlib.pyplot as plt
         from matplotlib.ticker import MaxNLocator
 
         n_rows, n_plasma = self.plasma.shape[:2]
-        with_network = self.network_labels is not None
-        n_images = 2 + with_network + n_plasma
+        network_labels, network_neighbors = self.network_labels, self.network_neighbors
+        n_images = 2 + (network_labels is not None) + n_plasma
         if figure is None:
             figure = plt.figure(
                 figsize=(1.25 * n_images + 3.6, 1.35 * n_rows + 0.7), layout="constrained"
@@ -214,9 +236,9 @@ class ImmuneResponseDisplay:
         )
         limits = min(0, self.images.min()), max(1, self.images.max())
 
-        def show(ax, image, caption):
+        def show(ax: Axes, image: NDArray[Any], caption: object) -> None:
             ax.imshow(image, cmap=cmap, vmin=limits[0], vmax=limits[1])
-            ax.set_xlabel(caption, fontsize="small", labelpad=2)
+            ax.set_xlabel(str(caption), fontsize="small", labelpad=2)
 
         self.lines_ = []
         n_points = 1 + self.response.n_generations[self.layer].max()
@@ -229,12 +251,12 @@ class ImmuneResponseDisplay:
             input_ax, neighbor_ax, *plasma_axes = image_axes
             show(input_ax, self.images[row], self._describe(row))
             show(neighbor_ax, self.neighbors[row], label)
-            if with_network:
+            if network_labels is not None:
                 network_ax, *plasma_axes = plasma_axes
-                if self.network_labels[row] == label:
+                if network_labels[row] == label or network_neighbors is None:
                     network_ax.spines[:].set_visible(False)
                 else:
-                    show(network_ax, self.network_neighbors[row], self.network_labels[row])
+                    show(network_ax, network_neighbors[row], network_labels[row])
             for ax, cell, cell_label in zip(
                 plasma_axes,
                 self.plasma[row],
@@ -253,48 +275,36 @@ class ImmuneResponseDisplay:
         self.figure_, self.axes_ = figure, axes
         return self
 
-    def _describe(self, row):
+    def _describe(self, row: int) -> str:
         parts = [] if self.y is None else [f"true {self.y[row]}"]
         if self.network_labels is not None:
             parts.append(f"network {self.network_labels[row]}")
         return "\n".join([", ".join(parts), f"RAILS {self.response.labels[row]}"]).lstrip()
 
-    def _name_columns(self, axes, n_plasma):
+    def _name_columns(self, axes: Sequence[Axes], n_plasma: int) -> None:
         titles = ["input", "nearest of\nRAILS's class"]
         if self.network_labels is not None:
             titles.append("nearest of\nnetwork's class")
-        titles += ["fittest\nplasma cells" if i == n_plasma // 2 else "" for i in range(n_plasma)]
+        titles += ["best\nplasma cells" if i == n_plasma // 2 else "" for i in range(n_plasma)]
         titles.append(f"mean affinity\n(layer: {self.layer})")
         for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, fontsize="small")
 
 
-def _check_matplotlib(caller):
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"{caller} requires matplotlib. You can install matplotlib with "
-            "`pip install matplotlib`."
-        ) from error
+def _as_images(X: ArrayLike | torch.Tensor, input_shape: tuple[int, ...]) -> NDArray[Any]:
+    """Reshape samples for matplotlib: (..., height, width), or (..., height, width, 3) for colour.
 
-
-def _as_images(X, input_shape):
-    """Give rows as matplotlib takes them: (..., height, width), with 3 colours at the end or none.
-
-    Rows may have leading axes more than one.
+    Plasma cells have a second leading axis.
     """
-    if isinstance(X, torch.Tensor):
-        X = X.detach().cpu().numpy()
-    X = np.asarray(X)
+    samples = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else np.asarray(X)
     if len(input_shape) == 3 and input_shape[0] in (1, 3):
-        lead = X.shape[:2] if X.ndim == 5 else X.shape[:1]
-        images = X.reshape(*lead, *input_shape)
+        lead = samples.shape[:2] if samples.ndim == 5 else samples.shape[:1]
+        images = samples.reshape(*lead, *input_shape)
         return images[..., 0, :, :] if input_shape[0] == 1 else np.moveaxis(images, -3, -1)
     if len(input_shape) == 2:
-        lead = X.shape[:2] if X.ndim == 4 else X.shape[:1]
-        return X.reshape(*lead, *input_shape)
+        lead = samples.shape[:2] if samples.ndim == 4 else samples.shape[:1]
+        return samples.reshape(*lead, *input_shape)
     raise ValueError(
-        f"Rows of shape {tuple(input_shape)} are not images of one or three channels. Fit the "
+        f"Samples of shape {tuple(input_shape)} are not images of one or three channels. Fit the "
         "classifier on images, or give it input_shape=(channels, height, width)."
     )

@@ -1,40 +1,50 @@
-"""How well a threat score tells attacked rows from clean ones, as a picture."""
+"""Threat scores of clean and attacked samples as histograms and ROC curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import auc, roc_curve
 from sklearn.utils import assert_all_finite, column_or_1d
 
-from ._immune_response import _check_matplotlib
+from ._matplotlib import check_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 
 class ThreatDisplay:
-    """Threat scores of clean and attacked rows: their distributions, and the ROC curves.
+    """Distributions of the threat scores of clean and attacked samples, and their ROC curves.
 
-    Use :meth:`from_estimator` or :meth:`from_predictions` to make one. All parameters are stored as
-    attributes.
+    Use :meth:`from_estimator` or :meth:`from_predictions` to create a display. All parameters are
+    stored as attributes.
 
     Parameters
     ----------
     threat : array-like of shape (n,)
-        Threat scores of clean rows; higher is more suspect.
+        Threat scores of clean samples; higher is more suspicious.
     attacked : dict of str to array-like of shape (n_attacked,)
-        Those of attacked rows, by the name of the attack.
+        Threat scores of attacked samples, by the name of the attack.
     threshold : float, default=None
-        The score from which on there is an alarm.
+        Score above which a sample is flagged.
 
     Attributes
     ----------
     roc_auc_ : dict of str to float
         The area under the ROC curve of each attack.
     axes_ : ndarray of matplotlib Axes, of shape (2,)
-        What the distributions and the curves were drawn on.
+        The axes of the distributions and of the ROC curves.
     figure_ : matplotlib Figure or SubFigure
-        The figure that they are in.
+        The figure of the axes.
 
     See Also
     --------
-    ThreatScorer : Gives threat scores.
-    sklearn_rails.metrics.detection_scores : The figures that go with it.
+    ThreatScorer : Computes threat scores.
+    sklearn_rails.metrics.detection_scores : The same as numbers.
 
     Examples
     --------
@@ -51,26 +61,43 @@ class ThreatDisplay:
     >>> plt.show()
     """
 
-    def __init__(self, threat, attacked, *, threshold=None):
+    roc_auc_: dict[str, float]
+    axes_: NDArray[np.object_]
+    figure_: Figure | SubFigure
+
+    def __init__(
+        self,
+        threat: ArrayLike,
+        attacked: Mapping[str, ArrayLike],
+        *,
+        threshold: float | None = None,
+    ) -> None:
         self.threat = threat
         self.attacked = attacked
         self.threshold = threshold
 
     @classmethod
-    def from_estimator(cls, estimator, X, X_attacked, *, axes=None):
-        """Score rows, and plot.
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: ArrayLike,
+        X_attacked: ArrayLike | Mapping[str, ArrayLike],
+        *,
+        axes: Sequence[Axes] | NDArray[np.object_] | None = None,
+    ) -> ThreatDisplay:
+        """Score samples with a detector, and plot the scores.
 
         Parameters
         ----------
         estimator : fitted outlier detector
-            With ``score_samples``, lower for more suspect, such as
-            :class:`~sklearn_rails.ThreatScorer`. Its ``offset_`` is the threshold, if there is one.
+            A detector with ``score_samples``, lower for more suspicious samples, such as
+            :class:`~sklearn_rails.ThreatScorer`. Its ``offset_``, if any, is the threshold.
         X : array-like
-            Clean rows.
+            Clean samples.
         X_attacked : array-like or dict of str to array-like
-            Attacked rows, or several kinds of them by name.
+            Attacked samples, or several kinds of them by name.
         axes : sequence of two matplotlib Axes, default=None
-            What to draw on. None makes a new figure.
+            Axes to draw on. None creates a figure.
 
         Returns
         -------
@@ -84,30 +111,37 @@ class ThreatDisplay:
         ValueError
             As :meth:`plot`.
         """
-        _check_matplotlib(f"{cls.__name__}.from_estimator")
-        attacked = X_attacked if isinstance(X_attacked, dict) else {"attacked": X_attacked}
+        check_matplotlib(f"{cls.__name__}.from_estimator")
+        attacked = X_attacked if isinstance(X_attacked, Mapping) else {"attacked": X_attacked}
         offset = getattr(estimator, "offset_", None)
         return cls.from_predictions(
             -estimator.score_samples(X),
-            {name: -estimator.score_samples(rows) for name, rows in attacked.items()},
+            {name: -estimator.score_samples(samples) for name, samples in attacked.items()},
             threshold=None if offset is None else -offset,
             axes=axes,
         )
 
     @classmethod
-    def from_predictions(cls, threat, threat_attacked, *, threshold=None, axes=None):
+    def from_predictions(
+        cls,
+        threat: ArrayLike,
+        threat_attacked: ArrayLike | Mapping[str, ArrayLike],
+        *,
+        threshold: float | None = None,
+        axes: Sequence[Axes] | NDArray[np.object_] | None = None,
+    ) -> ThreatDisplay:
         """Plot threat scores.
 
         Parameters
         ----------
         threat : array-like of shape (n,)
-            Threat scores of clean rows; higher is more suspect.
+            Threat scores of clean samples; higher is more suspicious.
         threat_attacked : array-like of shape (n_attacked,) or dict of str to array-like
-            Those of attacked rows, or of several kinds of them by name.
+            Threat scores of attacked samples, or of several kinds of them by name.
         threshold : float, default=None
-            The score from which on there is an alarm.
+            Score above which a sample is flagged.
         axes : sequence of two matplotlib Axes, default=None
-            What to draw on. None makes a new figure.
+            Axes to draw on. None creates a figure.
 
         Returns
         -------
@@ -121,33 +155,36 @@ class ThreatDisplay:
         ValueError
             As :meth:`plot`.
         """
-        _check_matplotlib(f"{cls.__name__}.from_predictions")
-        is_dict = isinstance(threat_attacked, dict)
-        attacked = threat_attacked if is_dict else {"attacked": threat_attacked}
+        check_matplotlib(f"{cls.__name__}.from_predictions")
+        attacked: Mapping[str, ArrayLike] = (
+            threat_attacked
+            if isinstance(threat_attacked, Mapping)
+            else {"attacked": threat_attacked}
+        )
         return cls(threat, attacked, threshold=threshold).plot(axes=axes)
 
-    def plot(self, *, axes=None):
-        """Plot distributions and curves.
+    def plot(self, *, axes: Sequence[Axes] | NDArray[np.object_] | None = None) -> ThreatDisplay:
+        """Plot the distributions and the ROC curves.
 
         Parameters
         ----------
         axes : sequence of two matplotlib Axes, default=None
-            What to draw on. None makes a new figure.
+            Axes to draw on. None creates a figure.
 
         Returns
         -------
         :class:`~sklearn_rails.inspection.ThreatDisplay`
-            The display itself, with what was drawn as attributes.
+            The display itself, with its axes as attributes.
 
         Raises
         ------
         ImportError
             If matplotlib is not installed.
         ValueError
-            If there are no scores of clean or of attacked rows, some are not finite or not of one
-            dimension, or ``axes`` are not two.
+            If there are no scores of clean or of attacked samples, some are not finite or not
+            one-dimensional, or ``axes`` are not two.
         """
-        _check_matplotlib(f"{type(self).__name__}.plot")
+        check_matplotlib(f"{type(self).__name__}.plot")
         import matplotlib.pyplot as plt
 
         if not self.attacked:
@@ -156,32 +193,37 @@ class ThreatDisplay:
         attacked = {k: _check_scores(f"attacked[{k!r}]", v) for k, v in self.attacked.items()}
         if axes is None:
             _, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        axes = np.asarray(axes)
-        if axes.shape != (2,):
-            raise ValueError(f"axes must be two matplotlib Axes, got an array of {axes.shape}.")
+        pair = np.asarray(axes)
+        if pair.shape != (2,):
+            raise ValueError(
+                f"axes must be two matplotlib Axes, got an array of shape {pair.shape}."
+            )
+        histogram, curves = pair
         edges = np.histogram_bin_edges(np.concatenate([threat, *attacked.values()]), bins=30)
-        how = {"bins": edges, "density": True, "alpha": 0.5}
-        axes[0].hist(threat, label="clean", color="gray", **how)
+        style: dict[str, Any] = {"bins": edges, "density": True, "alpha": 0.5}
+        histogram.hist(threat, label="clean", color="gray", **style)
         self.roc_auc_ = {}
         for i, (name, scores) in enumerate(attacked.items()):
-            axes[0].hist(scores, label=name, color=f"C{i}", **how)
+            histogram.hist(scores, label=name, color=f"C{i}", **style)
             is_attacked = np.repeat([0, 1], [len(threat), len(scores)])
             fpr, tpr, _ = roc_curve(is_attacked, np.concatenate([threat, scores]))
             self.roc_auc_[name] = float(auc(fpr, tpr))
-            axes[1].plot(fpr, tpr, color=f"C{i}", label=f"{name} (AUC {self.roc_auc_[name]:.3f})")
+            curves.plot(fpr, tpr, color=f"C{i}", label=f"{name} (AUC {self.roc_auc_[name]:.3f})")
         if self.threshold is not None and np.isfinite(self.threshold):
-            axes[0].axvline(self.threshold, color="black", linestyle=":", label="threshold")
-        axes[0].set(xlabel="threat score", ylabel="density")
-        axes[0].legend()
-        axes[1].legend()
-        axes[1].set(xlabel="share of clean rows flagged", ylabel="share of attacked rows flagged")
-        self.axes_, self.figure_ = axes, axes[0].figure
+            histogram.axvline(self.threshold, color="black", linestyle=":", label="threshold")
+        histogram.set(xlabel="threat score", ylabel="density")
+        histogram.legend()
+        curves.legend()
+        curves.set(
+            xlabel="share of clean samples flagged", ylabel="share of attacked samples flagged"
+        )
+        self.axes_, self.figure_ = pair, histogram.figure
         return self
 
 
-def _check_scores(name, scores):
-    scores = column_or_1d(scores)
-    if len(scores) == 0:
-        raise ValueError(f"{name} must have the score of one row or more.")
-    assert_all_finite(scores, input_name=name)
-    return scores
+def _check_scores(name: str, scores: ArrayLike) -> NDArray[Any]:
+    array: NDArray[Any] = column_or_1d(scores)
+    if len(array) == 0:
+        raise ValueError(f"{name} must have the score of one sample or more.")
+    assert_all_finite(array, input_name=name)
+    return array

@@ -1,15 +1,16 @@
-"""Checks of numbers and labels, in any of the forms that users have them in."""
+"""Checks of numbers and labels given as lists, arrays, frames or tensors."""
 
 from __future__ import annotations
 
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 
-def as_array(values: ArrayLike | torch.Tensor) -> NDArray:
+def as_array(values: ArrayLike | torch.Tensor) -> NDArray[Any]:
     """Convert values to an array; tensors may have a graph and be on any device.
 
     Parameters
@@ -29,7 +30,7 @@ def as_array(values: ArrayLike | torch.Tensor) -> NDArray:
     return np.asarray(values)
 
 
-def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray:
+def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
     """Convert values to an array of real numbers or booleans.
 
     Parameters
@@ -55,7 +56,7 @@ def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray:
     return array
 
 
-def check_scores(scores: ArrayLike | torch.Tensor, name: str) -> NDArray:
+def check_scores(scores: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
     """Check one number per sample; infinite numbers are allowed, NaN is not.
 
     Parameters
@@ -73,13 +74,13 @@ def check_scores(scores: ArrayLike | torch.Tensor, name: str) -> NDArray:
     ValueError
         If the scores are not real numbers, not one-dimensional, or NaN.
     """
-    scores = _one_dimensional(as_numbers(scores, name), name)
-    if np.isnan(scores).any():
+    array = _one_dimensional(as_numbers(scores, name), name)
+    if np.isnan(array).any():
         raise ValueError(f"{name} contains NaN.")
-    return scores
+    return array
 
 
-def check_labels(labels: ArrayLike | torch.Tensor, name: str) -> NDArray:
+def check_labels(labels: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
     """Check one class label per sample: all of them strings, or all of them finite numbers.
 
     Parameters
@@ -109,7 +110,7 @@ def check_labels(labels: ArrayLike | torch.Tensor, name: str) -> NDArray:
     return array
 
 
-def _unmasked(values, name):
+def _unmasked(values: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
     if np.ma.is_masked(values):
         raise ValueError(f"{name} must not have masked values.")
     try:
@@ -118,7 +119,7 @@ def _unmasked(values, name):
         raise ValueError(f"{name} must be an array: {error}") from error
 
 
-def _one_dimensional(array, name):
+def _one_dimensional(array: NDArray[Any], name: str) -> NDArray[Any]:
     if array.ndim == 2 and array.shape[1] == 1:
         return array[:, 0]
     if array.ndim != 1:

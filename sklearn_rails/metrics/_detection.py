@@ -1,4 +1,4 @@
-"""Scores of detectors that separate attacked samples from clean ones."""
+"""Metrics of detectors that separate attacked samples from clean ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from numbers import Real
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.utils import check_consistent_length
 
@@ -99,7 +99,7 @@ def tpr_at_fpr_score(
 def detection_scores(
     y_true: ArrayLike | torch.Tensor, threat: ArrayLike | torch.Tensor
 ) -> dict[str, float]:
-    """Compute the usual scores of a detector.
+    """Compute the usual detection metrics.
 
     Parameters
     ----------
@@ -130,25 +130,27 @@ def detection_scores(
     >>> scores["auroc"], scores["fpr_at_95_tpr"]
     (0.875, 0.25)
     """
-    y_true, threat = _check(y_true, threat)
+    is_attacked, ranks = _check(y_true, threat)
     return {
-        "auroc": float(roc_auc_score(y_true, threat)),
-        "aupr_out": float(average_precision_score(y_true, threat)),
-        "aupr_in": float(average_precision_score(~y_true, -threat)),
-        "fpr_at_95_tpr": fpr_at_tpr_score(y_true, threat, tpr=0.95),
-        "tpr_at_5_fpr": tpr_at_fpr_score(y_true, threat, fpr=0.05),
+        "auroc": float(roc_auc_score(is_attacked, ranks)),
+        "aupr_out": float(average_precision_score(is_attacked, ranks)),
+        "aupr_in": float(average_precision_score(~is_attacked, -ranks)),
+        "fpr_at_95_tpr": fpr_at_tpr_score(is_attacked, ranks, tpr=0.95),
+        "tpr_at_5_fpr": tpr_at_fpr_score(is_attacked, ranks, fpr=0.05),
     }
 
 
-def _check(y_true, threat):
+def _check(
+    y_true: ArrayLike | torch.Tensor, threat: ArrayLike | torch.Tensor
+) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
     """Check the arguments, and replace the threat scores by their ranks."""
-    y_true, threat = check_scores(y_true, "y_true"), check_scores(threat, "threat")
-    check_consistent_length(y_true, threat)
-    y_true = y_true.astype(bool)
-    if y_true.all() or not y_true.any():
+    labels, scores = check_scores(y_true, "y_true"), check_scores(threat, "threat")
+    check_consistent_length(labels, scores)
+    is_attacked = labels.astype(bool)
+    if is_attacked.all() or not is_attacked.any():
         raise ValueError(
-            f"y_true must have attacked and clean samples, got {y_true.sum()} attacked of "
-            f"{len(y_true)}."
+            f"y_true must have attacked and clean samples, got {is_attacked.sum()} attacked of "
+            f"{len(is_attacked)}."
         )
     # Negated unsigned integers wrap around, and differences of infinite scores are NaN.
-    return y_true, np.unique(threat, return_inverse=True)[1]
+    return is_attacked, np.unique(scores, return_inverse=True)[1]

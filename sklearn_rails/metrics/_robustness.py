@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -24,7 +25,9 @@ from sklearn.utils.validation import check_is_fitted
 from .._base import validate_rows
 from .._extractor import TorchFeatureExtractor
 from ..features.frozen import as_module, freeze
-from ._arrays import as_numbers, check_labels, check_scores
+from ._arrays import as_array, as_numbers, check_labels, check_scores
+
+Attack = Callable[[torch.nn.Module, NDArray[Any], NDArray[Any]], ArrayLike | torch.Tensor]
 
 
 def robust_accuracy_score(
@@ -63,29 +66,30 @@ def robust_accuracy_score(
     """
     if not y_attacked:
         raise ValueError("robust_accuracy_score needs the predictions under one attack or more.")
-    y_true = check_labels(y_true, "y_true")
-    y_attacked = [check_labels(y, f"y_attacked[{i}]") for i, y in enumerate(y_attacked)]
+    labels = check_labels(y_true, "y_true")
+    predicted = [check_labels(y, f"y_attacked[{i}]") for i, y in enumerate(y_attacked)]
+    weights = None
     if sample_weight is not None:
-        sample_weight = check_scores(sample_weight, "sample_weight")
-        if not np.isfinite(sample_weight).all() or not (sample_weight >= 0).all():
+        weights = check_scores(sample_weight, "sample_weight")
+        if not np.isfinite(weights).all() or not (weights >= 0).all():
             raise ValueError("sample_weight must be finite and 0 or more.")
-        if not sample_weight.any():
+        if not weights.any():
             raise ValueError("sample_weight must have a weight above 0.")
-    check_consistent_length(y_true, *y_attacked, sample_weight)
-    if len(y_true) == 0:
+    check_consistent_length(labels, *predicted, weights)
+    if len(labels) == 0:
         raise ValueError("y_true has no samples.")
-    for i, y in enumerate(y_attacked):
-        if (y.dtype.kind == "U") != (y_true.dtype.kind == "U"):
+    for i, y in enumerate(predicted):
+        if (y.dtype.kind == "U") != (labels.dtype.kind == "U"):
             raise ValueError(
-                f"y_attacked[{i}] has labels of dtype {y.dtype}, but y_true of {y_true.dtype}: "
+                f"y_attacked[{i}] has labels of dtype {y.dtype}, but y_true of {labels.dtype}: "
                 "all must be strings, or all numbers."
             )
-    is_robust = np.all([y == y_true for y in y_attacked], axis=0)
-    return float(accuracy_score(np.ones_like(is_robust), is_robust, sample_weight=sample_weight))
+    is_robust = np.all([y == labels for y in predicted], axis=0)
+    return float(accuracy_score(np.ones_like(is_robust), is_robust, sample_weight=weights))
 
 
 def make_robust_scorer(
-    attack: Callable[[torch.nn.Module, NDArray, NDArray], ArrayLike | torch.Tensor],
+    attack: Attack,
 ) -> Callable[[BaseEstimator, ArrayLike, ArrayLike], float]:
     """Make a scorer for model selection: accuracy under an attack on the wrapped network.
 
@@ -104,8 +108,8 @@ def make_robust_scorer(
           dtype.
         - ``X``: ndarray of shape (n, *input_shape) in the estimator's dtype; integers where the
           network takes integers.
-        - ``y``: ndarray of shape (n,), int64, as the losses of torch take it: numeric labels as
-          they are, strings as their positions in the sorted classes.
+        - ``y``: ndarray of shape (n,), int64, as torch's losses expect it: numeric labels
+          unchanged, strings as their positions in the sorted classes.
 
         All three are copies, which the attack may change. Its result must depend on them alone.
         With ``n_jobs`` it must pickle.
@@ -125,8 +129,8 @@ def make_robust_scorer(
     Notes
     -----
     Attacked samples are kept in a temporary folder, which is removed when the process that created
-    it ends, or a moment later if a signal ends it. Two processes that come to the same split at the
-    same moment both attack it.
+    it ends, or a moment later if a signal ends it. Two processes that reach the same split at the
+    same time both attack it.
 
     Examples
     --------
@@ -153,56 +157,60 @@ def make_robust_scorer(
 
 
 class _RobustScorer:
-    def __init__(self, attack):
+    def __init__(self, attack: Attack) -> None:
         if not callable(attack):
             raise TypeError(f"attack must be callable, got {type(attack).__name__}.")
         self._attack = attack
-        self._path = None
+        self._path: str | None = None
 
     @property
-    def _folder(self):
-        """The folder of attacked samples, which exists once it is asked for."""
-        # The process that made the folder may have ended, as when a saved search is loaded.
+    def _folder(self) -> str:
+        """The folder of attacked samples, made when it is first needed."""
+        # The process that made the folder may have ended, for example if a saved search is loaded.
         if self._path is None or not os.path.isdir(self._path):
             self._path = _make_folder()
         return self._path
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Worker processes find the samples in the same folder.
         return {"_attack": self._attack, "_path": self._folder}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"make_robust_scorer({self._attack!r})"
 
-    def __call__(self, estimator, X, y):
+    def __call__(self, estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
         if isinstance(estimator, Pipeline):
             check_is_fitted(estimator)
             if len(estimator) > 1:
                 X = estimator[:-1].transform(X)
             estimator = estimator[-1]
         network = _find_network(estimator)
-        X = validate_rows(estimator, X)
-        if isinstance(X, torch.Tensor):
-            X = X.cpu().numpy()
-        X = X.reshape(len(X), *estimator.input_shape_)
-        y = check_labels(y, "y")
-        check_consistent_length(X, y)
-        labels = _encode(y, estimator.classes_)
-        attacked = self._attacked(network, X, labels, estimator._features.dtype)
-        return robust_accuracy_score(y, estimator.predict(attacked))
+        # A tensor if X is on a GPU.
+        samples = as_array(validate_rows(estimator, X))
+        samples = samples.reshape(len(samples), *estimator.input_shape_)
+        labels = check_labels(y, "y")
+        check_consistent_length(samples, labels)
+        attacked = self._attacked(
+            network, samples, _encode(labels, estimator.classes_), estimator.feature_map_.dtype
+        )
+        return robust_accuracy_score(labels, estimator.predict(attacked))
 
-    def _attacked(self, network, X, y, dtype):
+    def _attacked(
+        self, network: torch.nn.Module, X: NDArray[Any], y: NDArray[np.int64], dtype: torch.dtype
+    ) -> NDArray[Any]:
+        """Return attacked copies of X, from the folder if the same samples were attacked before."""
         frozen = freeze(network)
         path = Path(self._folder) / f"{joblib.hash((frozen, X, y))}.npy"
         if path.is_file():
-            return np.load(path)
+            kept: NDArray[Any] = np.load(path)
+            return kept
         device = next((p.device for p in network.parameters()), None)
         with torch.inference_mode(False), torch.enable_grad():
             # A copy: the attack may change the network, its gradients and its mode.
             twin = pickle.loads(pickle.dumps(frozen)).module.to(device=device, dtype=dtype)
-            attacked = self._attack(twin.eval(), X.copy(), y.copy())
-        attacked = _check_attacked(attacked, X)
-        # Under another name first: a reader finds all of a file or none of it.
+            returned = self._attack(twin.eval(), X.copy(), y.copy())
+        attacked = _check_attacked(returned, X)
+        # Written under another name first, so that no other process reads half a file.
         descriptor, partial = tempfile.mkstemp(dir=self._folder)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -214,14 +222,14 @@ class _RobustScorer:
         return attacked
 
 
-# Its process outlives this one, and removes the folders that are still registered then. joblib's
-# own tracker would wait for idle workers, which live on for minutes.
+# Its process outlives this one and removes the folders that are still registered then. joblib's own
+# tracker would wait for idle workers, which may take minutes to end.
 _TRACKER = ResourceTracker()
 
 
-def _make_folder():
+def _make_folder() -> str:
     """Make a temporary folder that is removed when this process ends, however it ends."""
-    # Starting it takes a moment, in which a signal would leave the folder behind.
+    # Started before the folder is made: a signal during the start would leave the folder behind.
     _TRACKER.ensure_running()
     folder = tempfile.mkdtemp(prefix="sklearn_rails_")
     _TRACKER.register(folder, "folder")
@@ -229,14 +237,14 @@ def _make_folder():
     return folder
 
 
-def _remove_folder(folder, owner):
+def _remove_folder(folder: str, owner: int) -> None:
     # A forked process inherits this function, but not the folder.
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
         _TRACKER.unregister(folder, "folder")
 
 
-def _find_network(estimator):
+def _find_network(estimator: Any) -> torch.nn.Module:
     network = getattr(estimator, "feature_extractor", None)
     if isinstance(network, TorchFeatureExtractor):
         network = network.module
@@ -247,29 +255,30 @@ def _find_network(estimator):
     if not is_classifier(estimator):
         raise TypeError(f"estimator must be a classifier, got {type(estimator).__name__}.")
     check_is_fitted(estimator)
-    return as_module(network, "feature_extractor")
+    module: torch.nn.Module = as_module(network, "feature_extractor")
+    return module
 
 
-def _encode(y, classes):
-    """Turn labels into the integers that the losses of torch take."""
+def _encode(y: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int64]:
+    """Convert labels to the integers that torch's losses expect."""
     if y.dtype.kind == "U":
-        # The network may know classes that the estimator has not seen in this split.
+        # The test samples may have classes that the training samples of this split lack.
         return np.searchsorted(np.union1d(np.asarray(classes).astype(str), y), y)
     return y.astype(np.int64)
 
 
-def _check_attacked(attacked, X):
+def _check_attacked(attacked: ArrayLike | torch.Tensor, X: NDArray[Any]) -> NDArray[Any]:
     """Check what an attack returned, and convert it to the dtype of X."""
-    attacked = as_numbers(attacked, "The result of attack")
-    if attacked.shape != X.shape:
+    numbers = as_numbers(attacked, "The result of attack")
+    if numbers.shape != X.shape:
         raise ValueError(
             f"attack must return samples of shape {X.shape}, as it got them, but returned "
-            f"{attacked.shape}."
+            f"{numbers.shape}."
         )
     with np.errstate(over="ignore", invalid="ignore"):
-        converted = attacked.astype(X.dtype)
-    if not (np.isfinite(attacked).all() and np.isfinite(converted).all()):
+        converted = numbers.astype(X.dtype)
+    if not (np.isfinite(numbers).all() and np.isfinite(converted).all()):
         raise ValueError(f"attack must return finite samples, also as {X.dtype}.")
-    if X.dtype.kind in "iu" and not np.array_equal(converted, attacked):
+    if X.dtype.kind in "iu" and not np.array_equal(converted, numbers):
         raise ValueError(f"attack must return whole numbers that fit into {X.dtype}.")
     return converted

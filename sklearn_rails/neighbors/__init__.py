@@ -1,5 +1,25 @@
 """Exact nearest neighbours of every class, by an affinity."""
 
+from .affinity import (
+    AFFINITIES,
+    Affinity,
+    CallableAffinity,
+    Cosine,
+    Euclidean,
+    InnerProduct,
+    resolve_affinity,
+)
 from .index import ClassNeighbors
+from .store import ExactNeighbors
 
-__all__ = ["ClassNeighbors"]
+__all__ = [
+    "AFFINITIES",
+    "Affinity",
+    "CallableAffinity",
+    "ClassNeighbors",
+    "Cosine",
+    "Euclidean",
+    "ExactNeighbors",
+    "InnerProduct",
+    "resolve_affinity",
+]

@@ -14,9 +14,10 @@ from sklearn_rails.attacks import AdaptiveKNNAttack
 from sklearn_rails.attacks._views import ThreatView, nearness_to
 from sklearn_rails.datasets import load_digit_images
 from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.immune import Arbitration, Triage
 from sklearn_rails.metrics import robust_accuracy_score
-from sklearn_rails.neighbors.affinity import affinity_to
-from sklearn_rails.sensing.detectors import SENSORS
+from sklearn_rails.neighbors import resolve_affinity
+from sklearn_rails.sensing import DETECTORS
 
 # What a few steps suffice for; the defaults are for evaluations.
 QUICK = {"max_iter": 30, "n_restarts": 3, "random_state": 0}
@@ -157,7 +158,7 @@ class Scale(torch.nn.Module):
 
 def test_an_arbitrating_defence_is_attacked_as_a_whole(task):
     network, X, y, X_test, y_test = task
-    rails = RAILSClassifier(population_size=50, arbitration=0.05, random_state=0)
+    rails = RAILSClassifier(population_size=50, gate=Arbitration(0.05), random_state=0)
     rails.set_params(feature_extractor=network, layers="input").fit(X, y)
     accuracy = []
     for eps in (0.15, 1):
@@ -173,7 +174,7 @@ def test_an_arbitrating_defence_is_attacked_as_a_whole(task):
 def test_the_attack_sees_which_labels_stand(task):
     network, X, y, X_test, y_test = task
     rails = RAILSClassifier(
-        network, layers="input", population_size=50, arbitration=0.05, random_state=0
+        network, layers="input", population_size=50, gate=Arbitration(0.05), random_state=0
     ).fit(X, y)
     attacked = pgd(network, X_test, y_test, eps=0.3, step=0.05)
     stands = rails.respond(attacked).p_values > 0.05
@@ -206,7 +207,7 @@ def test_an_attack_keeps_away_from_alarms(task, method):
     assert silent[2] > silent[0]
 
 
-@pytest.mark.parametrize("method", SENSORS)
+@pytest.mark.parametrize("method", DETECTORS)
 def test_the_threat_falls_along_its_soft_version(task, method):
     network, X, y, X_test, y_test = task
     scorer = ThreatScorer(network, layers="conv1", method=method, n_neighbors=10, random_state=0)
@@ -229,7 +230,7 @@ def test_triage_is_attacked_at_the_neighbours_that_vote(task):
     rails = RAILSClassifier(
         network, layers="conv2", population_size=50, threat_scorer=scorer, random_state=0
     ).fit(X, y)
-    triaging = clone(rails).set_params(triage=True).fit(X, y)
+    triaging = clone(rails).set_params(gate=Triage()).fit(X, y)
     n_fooled = []
     for estimator in (triaging, rails):
         attack = AdaptiveKNNAttack(estimator, X, y, eps=0.12, threat_weight=1, **QUICK)
@@ -262,7 +263,8 @@ def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(tas
     network, X, y, X_test, y_test = task
     rails = defence("RAILS", network, X, y)
     attack = AdaptiveKNNAttack(rails, X, y, eps=0.15, n_checks=2, **QUICK)
-    seeds = {r.seed_ for r in (*attack._defence._known, *attack._defence._unseen, rails)}
+    engines = (*attack._defence._known, *attack._defence._unseen, rails.engine_)
+    seeds = {engine.layers[0].stream.seed for engine in engines}
     assert len(seeds) == 3 + 2 + 1
     # If the unseen seeds were never wrong, no row would be given.
     monkeypatch.setattr(
@@ -514,7 +516,7 @@ def test_quick_nearness_is_the_affinity_and_so_is_its_slope(affinity):
     members = 100 + torch.randn(2, 3, 50, generator=rng)
     features = (members[:, 0] + 0.01 * torch.randn(2, 50, generator=rng)).requires_grad_()
     origin = features.detach() + 0.1 * torch.randn(2, 50, generator=rng)
-    exact = affinity_to(affinity, features.double(), members.double())
+    exact = resolve_affinity(affinity)(features.double(), members.double())
     quick = nearness_to(affinity, members, origin)(features)
     torch.testing.assert_close(quick.double(), exact, rtol=1e-3, atol=1e-4)
     slopes = [torch.autograd.grad(values.sum(), features)[0] for values in (exact, quick)]

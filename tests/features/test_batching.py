@@ -9,12 +9,13 @@ from sklearn import config_context
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
 from sklearn_rails._blocks import block_slices
 from sklearn_rails.features.batching import (
-    Layout,
-    fastest_layout,
+    BatchLayout,
     iterate_batches,
     iterate_tiles,
     tile_shape,
 )
+from sklearn_rails.features.layouts import fastest_layout
+from sklearn_rails.immune import layer
 
 
 @settings(deadline=None)
@@ -22,7 +23,7 @@ from sklearn_rails.features.batching import (
 def test_batches_have_one_shape_and_hold_every_row_once(n, batch_size):
     x = torch.arange(n * 2.0).reshape(n, 2)
     seen = []
-    for rows, batch in iterate_batches(x, Layout(batch_size)):
+    for rows, batch in iterate_batches(x, BatchLayout(batch_size)):
         assert batch.shape == (batch_size, 2)
         seen.append(batch[: rows.stop - rows.start])
         assert torch.equal(seen[-1], x[rows])
@@ -54,7 +55,7 @@ def test_the_fastest_layout_is_found():
             torch.linalg.svdvals(torch.ones(40, 40))
 
     layout = fastest_layout(run, (3,), device=torch.device("cpu"), dtype=torch.float32)
-    assert layout == Layout(4096)
+    assert layout == BatchLayout(4096)
 
 
 def test_layouts_for_which_there_is_no_memory_or_no_time_are_left_out():
@@ -63,13 +64,13 @@ def test_layouts_for_which_there_is_no_memory_or_no_time_are_left_out():
             raise torch.OutOfMemoryError("out of memory")
 
     settings = {"device": torch.device("cpu"), "dtype": torch.float32}
-    assert fastest_layout(run, (3,), **settings) == Layout(256)
-    assert fastest_layout(lambda *_: time.sleep(0.06), (3,), **settings) == Layout(256)
+    assert fastest_layout(run, (3,), **settings) == BatchLayout(256)
+    assert fastest_layout(lambda *_: time.sleep(0.06), (3,), **settings) == BatchLayout(256)
 
     def fail(rows, layout):
         raise torch.OutOfMemoryError("out of memory")
 
-    assert fastest_layout(fail, (3,), **settings) == Layout(1)
+    assert fastest_layout(fail, (3,), **settings) == BatchLayout(1)
 
 
 def test_a_slow_network_is_not_measured(digits):
@@ -77,8 +78,8 @@ def test_a_slow_network_is_not_measured(digits):
         raise AssertionError("no time for a trial")
 
     settings = {"device": torch.device("cpu"), "dtype": torch.float32}
-    slow = {"max_seconds": 1.0, "seconds_per_row": 0.05}
-    assert fastest_layout(run, (1, 8, 8), **settings, **slow) == Layout(32)
+    slow = {"max_seconds": 1.0, "seconds_per_sample": 0.05}
+    assert fastest_layout(run, (1, 8, 8), **settings, **slow) == BatchLayout(32)
 
     class Slow(torch.nn.Module):
         n_rows = 0
@@ -108,7 +109,7 @@ def test_blocks_of_features_fit_into_working_memory(digits):
 
 def test_images_of_one_channel_are_stored_with_channels_last():
     batch = torch.rand(3, 1, 4, 5)
-    stored = Layout(3, channels_last=True).store(batch)
+    stored = BatchLayout(3, channels_last=True).store(batch)
     assert torch.equal(stored, batch)
     assert stored.stride() == (20, 1, 5, 1)
 
@@ -134,7 +135,7 @@ def test_batches_are_halved_until_they_fit(digits):
     rails = RAILSClassifier(Hungry(5), **params).fit(X[:200], y[:200])
     roomy = RAILSClassifier(Hungry(1000), **params).fit(X[:200], y[:200])
     assert (rails.predict(X[200:240]) == roomy.predict(X[200:240])).all()
-    assert {layout.batch_size for layout in rails._features._layouts.values()} == {4}
+    assert {layout.batch_size for layout in rails._features._layouts.of_cells.values()} == {4}
 
 
 def test_what_does_not_fit_at_all_is_explained(digits):
@@ -147,15 +148,15 @@ def test_blocks_of_rows_are_halved_until_they_fit(digits, monkeypatch):
     X, y = digits
     rails = RAILSClassifier(population_size=30, random_state=0).fit(X[:200], y[:200])
     expected = rails.predict_proba(X[200:230])
-    plain, sizes = rails._score_block, []
+    plain, sizes = layer.mature, []
 
-    def hungry(rows, on_decided):
-        sizes.append(len(rows))
-        if len(rows) > limit:
+    def hungry(cells, *args, **kwargs):
+        sizes.append(len(cells))
+        if len(cells) > limit:
             raise torch.OutOfMemoryError("out of memory")
-        return plain(rows, on_decided)
+        return plain(cells, *args, **kwargs)
 
-    monkeypatch.setattr(rails, "_score_block", hungry)
+    monkeypatch.setattr(layer, "mature", hungry)
     limit = 8
     assert (rails.predict_proba(X[200:230]) == expected).all()
     assert max(sizes) == 30

@@ -16,6 +16,7 @@ from sklearn_rails.features.device import (
     is_out_of_memory,
     resolve_device,
 )
+from sklearn_rails.immune import layer
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_batches_and_populations_beyond_memory_are_halved_or_explained(monkeypat
     dknn = DkNNClassifier(nn.Linear(4, 3), batch_size=10**6, random_state=0).fit(X, y)
     assert dknn.predict(X).shape == (60,)
     rails = RAILSClassifier(population_size=10**6, random_state=0).fit(X, y)
-    monkeypatch.setattr(rails.__class__, "_score_block", lambda *_: scarce([X] * 100))
+    monkeypatch.setattr(layer, "mature", lambda *_, **__: scarce([X] * 100))
     with pytest.raises(MemoryError, match="smaller population_size"):
         rails.predict(X[:1])
 

@@ -4,6 +4,7 @@ from conftest import ConvNet
 from torch import nn
 from torch.nn import functional as F
 
+from sklearn_rails.features.checks import check_layers
 from sklearn_rails.features.truncation import TruncatedNetwork
 
 IMAGE = (1, 8, 8)
@@ -51,20 +52,20 @@ class Skip(nn.Module):
 def test_a_way_around_the_start_layer_is_refused():
     network = truncated(Skip(), (4,))
     x = torch.randn(2, 4)
-    network.check(x, ("c",), "a")
+    check_layers(network, x, ("c",), "a")
     with pytest.raises(ValueError, match="start_layer='b'.*'c' depends on more"):
-        network.check(x, ("c",), "b")
+        check_layers(network, x, ("c",), "b")
 
 
 @torch.no_grad()
 def test_a_layer_before_the_start_is_refused(conv_net):
     with pytest.raises(ValueError, match=r"ended before it reached \['conv1'\].*'conv2'"):
-        truncated(conv_net).check(torch.rand(2, *IMAGE), ("conv1",), "conv2")
+        check_layers(truncated(conv_net), torch.rand(2, *IMAGE), ("conv1",), "conv2")
 
 
 def test_the_view_shares_parameters_of_the_same_type_and_converts_others(conv_net):
     for dtype, shared in ((torch.float32, True), (torch.float64, False)):
-        view = truncated(conv_net, dtype=dtype)._module
+        view = truncated(conv_net, dtype=dtype).module
         assert (view.conv1.weight.data_ptr() == conv_net.conv1.weight.data_ptr()) is shared
         assert view.conv1.weight.dtype == dtype
         assert not view.training
@@ -119,4 +120,27 @@ def test_outputs_may_be_overwritten_if_nobody_else_uses_their_memory(what):
     with torch.no_grad():
         output = network(x, ("output",))["output"]
     # The input of the network is a copy already.
-    assert network.owns(output, x) is (what in ("input", "new"))
+    assert network.is_private_buffer(output, x) is (what in ("input", "new"))
+
+
+class Counts(nn.Module):
+    """Adds to its input how often it has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_passes = 0
+
+    def forward(self, x):
+        self.n_passes += 1
+        return x + self.n_passes
+
+
+@torch.no_grad()
+def test_what_a_pass_changes_is_set_back_after_a_second_check_too():
+    network = truncated(Counts(), (2,))
+    x = torch.rand(2, 2)
+    for _ in range(2):
+        check_layers(network, x, ("output",))
+        assert network.traits.volatile == (("", "__dict__", "n_passes"),)
+        torch.testing.assert_close(network(x, ("output",))["output"], x + 1)
+        torch.testing.assert_close(network(x, ("output",))["output"], x + 1)

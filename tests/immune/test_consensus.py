@@ -11,6 +11,7 @@ from sklearn_rails.immune.consensus import (
     top_count,
     unanimous_class,
 )
+from sklearn_rails.immune.operators import replace_non_finite
 
 
 def test_the_elite_is_the_top_share_and_never_empty():
@@ -64,6 +65,7 @@ def test_the_term_does_not_level_off():
 
 def test_cells_without_an_affinity_come_last_and_do_not_vote():
     affinity = torch.tensor([[torch.nan, -1.0, -torch.inf, -2.0], [torch.nan] * 4])
+    affinity = replace_non_finite(affinity)
     labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
     assert rank_by_affinity(affinity, 4)[0].tolist() == [1, 3, 0, 2]
     assert unanimous_class(affinity, labels, 4).tolist() == [1, -1]

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,20 +8,23 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from sklearn_rails.immune.consensus import unanimous_class
-from sklearn_rails.immune.maturation import (
+from sklearn_rails.immune.maturation import Schedule, check_alive, mature
+from sklearn_rails.immune.operators import (
     Domain,
-    Schedule,
-    check_alive,
     class_quota,
     clone_neighbors,
     cross_over,
     find_domain,
-    mature,
     mutate_,
-    mutation_steps,
+    replace_non_finite,
     select_parents,
 )
-from sklearn_rails.immune.random import generation_uniforms
+from sklearn_rails.immune.random import (
+    Mutation,
+    RandomStream,
+    generation_uniforms,
+    mutation_steps,
+)
 
 quick = settings(deadline=None, max_examples=50)
 SELECTIONS = st.sampled_from(["global", "class_balanced"])
@@ -167,28 +172,27 @@ def breed(seed, n_rows, *, early_stopping, rows=None):
     rows = torch.arange(n_rows) if rows is None else rows
     cells, antigens = cells[rows], antigens[rows]
     schedule = Schedule(
+        population_size=24,
         generations=5,
         selection="global",
         crossover="affinity",
         n_plasma=3,
+        n_memory=6,
         early_stopping=early_stopping,
     )
-
-    def draw(generation):
-        drawn = {k: u.double() for k, u in generation_uniforms(7, 0, generation, 24, 5).items()}
-        return {**drawn, "steps": mutation_steps(drawn["mutate"], 0.2, 0.05, 0.15, 1.0)}
 
     population = mature(
         cells,
         torch.tensor([0] * 8 + [1] * 8 + [2] * 8),
-        measure=lambda c, r: -torch.linalg.vector_norm(c - antigens[r][:, None], dim=2),
-        draw=draw,
+        antigens,
+        affinities=lambda c, a: -torch.linalg.vector_norm(c - a[:, None], dim=2),
+        stream=RandomStream(7, 0, (24, 5), Mutation(0.2, 0.05, 0.15), 1.0),
         tau=0.05,
         schedule=schedule,
         domain=Domain(1.0, 0.0, 1.0),
         n_classes=3,
         keep_cells=True,
-        on_decided=left.append,
+        progress=SimpleNamespace(add_populations=left.append),
     )
     assert sum(left) == len(rows)
     return population
@@ -235,6 +239,7 @@ def test_parents_are_living_cells_of_one_class_at_any_temperature(tau, dtype, se
     dead[:, 7] = False
     dead[30:35, 18:] = dead[35:40, :6] = True  # whole classes, at either end
     affinity[dead] = torch.nan
+    affinity = replace_non_finite(affinity)
     for seed in range(20):
         u = uniforms(seed, 24, 1, dtype)
         # The largest number below 1, which rounding may carry over the edge.
@@ -295,21 +300,17 @@ def test_classes_without_neighbours_have_no_cells():
 def breed_with(measure, *, early_stopping=True, rows=slice(None)):
     cells, labels, _ = (part[rows] for part in make_population(0, 6, 24, 5, 3))
 
-    def draw(generation):
-        drawn = {k: u.double() for k, u in generation_uniforms(7, 0, generation, 24, 5).items()}
-        return {**drawn, "steps": mutation_steps(drawn["mutate"], 0.2, 0.05, 0.15, 1.0)}
-
     return mature(
         cells,
         labels,
-        measure=measure,
-        draw=draw,
+        torch.arange(len(cells))[:, None],
+        affinities=lambda c, a: measure(c, a[:, 0]),
+        stream=RandomStream(7, 0, (24, 5), Mutation(0.2, 0.05, 0.15), 1.0),
         tau=0.05,
-        schedule=Schedule(3, "global", "affinity", 12, early_stopping),
+        schedule=Schedule(24, 3, "global", "affinity", 12, 12, early_stopping),
         domain=Domain(1.0, 0.0, 1.0),
         n_classes=3,
         keep_cells=True,
-        on_decided=lambda n: None,
     )
 
 

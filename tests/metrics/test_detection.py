@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn_rails.metrics import detection_scores, fpr_at_tpr_score, tpr_at_fpr_score
 
 
-def test_scores_of_a_case_worked_out_by_hand():
+def test_scores_agree_with_a_calculation_by_hand():
     y_true = [0, 0, 0, 0, 0, 1, 1, 1, 1]
     threat = [1, 2, 3, 4, 7, 2.5, 5, 6, 8]
     assert fpr_at_tpr_score(y_true, threat, tpr=1) == 3 / 5
@@ -43,7 +43,7 @@ def test_rates_are_those_of_the_best_threshold(y_true, threat, share):
 
 
 @given(labels, scores)
-def test_only_the_order_of_scores_counts_and_the_sides_mirror(y_true, threat):
+def test_only_the_order_of_scores_counts_and_sides_are_symmetric(y_true, threat):
     given_scores = detection_scores(y_true, threat)
     assert detection_scores(y_true.astype(int), np.exp(threat) * 3 + 1) == given_scores
     mirrored = detection_scores(~y_true, -threat)
@@ -93,7 +93,7 @@ def test_infinite_scores_rank_first_and_last():
     assert detection_scores(y_true, [-np.inf, 1, 2, np.inf, np.inf]) == finite
 
 
-def test_arguments_are_left_as_they_were():
+def test_arguments_are_not_changed():
     y_true, threat = np.array([0, 2, 0, 1]), np.array([1, 5, 2, 3], np.uint8)
     detection_scores(y_true, threat)
     np.testing.assert_array_equal(y_true, [0, 2, 0, 1])
@@ -117,7 +117,7 @@ BAD = {
 @pytest.mark.parametrize("score", [detection_scores, fpr_at_tpr_score, tpr_at_fpr_score])
 @pytest.mark.parametrize("parameter", ["y_true", "threat"])
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_score_or_label_is_named(score, parameter, kind):
+def test_invalid_scores_and_labels_are_refused(score, parameter, kind):
     values, message = BAD[kind]
     with pytest.raises(ValueError, match=f"{parameter} .*{message}"):
         score(**{"y_true": [0, 1, 1], "threat": [0, 1, 2], parameter: values})
@@ -127,7 +127,7 @@ def test_what_is_no_score_or_label_is_named(score, parameter, kind):
     ("score", "parameter"), [(fpr_at_tpr_score, "tpr"), (tpr_at_fpr_score, "fpr")]
 )
 @pytest.mark.parametrize("value", ["a", None, np.nan, np.inf, -0.1, 1.1, 0.5j, [0.5]])
-def test_a_share_that_is_none_is_named(score, parameter, value):
+def test_invalid_shares_are_refused(score, parameter, value):
     with pytest.raises(ValueError, match=f"{parameter}=.* must be a share"):
         score([0, 1, 1], [0, 1, 2], **{parameter: value})
 
@@ -152,6 +152,6 @@ def test_shares_may_be_numpy_scalars():
         (detection_scores, {"threat": [0, 1]}, "inconsistent numbers"),
     ],
 )
-def test_bad_input_is_named(score, arguments, message):
+def test_invalid_input_is_refused(score, arguments, message):
     with pytest.raises(ValueError, match=message):
         score(**{"y_true": [0, 1, 1], "threat": [0, 1, 2], **arguments})

@@ -65,19 +65,19 @@ def test_labels_of_every_type_are_compared(y_true, y_attacked):
         (([[0, 1], [1, 0]], [0, 1]), "y_true must be one-dimensional"),
     ],
 )
-def test_robust_accuracy_names_bad_input(given, message):
+def test_robust_accuracy_refuses_invalid_input(given, message):
     with pytest.raises(ValueError, match=message):
         robust_accuracy_score(*given)
 
 
 @pytest.mark.parametrize("weight", [[np.nan, 1], [-1, 1], [np.inf, 1], [0, 0], ["a", "b"], [1]])
-def test_bad_weights_are_named(weight):
+def test_invalid_weights_are_refused(weight):
     with pytest.raises(ValueError, match="sample_weight|inconsistent numbers"):
         robust_accuracy_score([0, 1], [0, 1], sample_weight=weight)
 
 
 def log_and_darken(network, X, y, *, folder):
-    """Leaves a file for each call."""
+    """Attack, and write a file for each call."""
     assert not network.training
     path = folder / joblib.hash((X, y))
     path.write_text(path.read_text() + "again" if path.exists() else "once")
@@ -96,7 +96,7 @@ def network():
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
 
 
-def test_a_search_attacks_the_network_once_a_split(digits, network, tmp_path):
+def test_a_search_attacks_the_network_once_for_each_split(digits, network, tmp_path):
     X, y = digits[0][:300], digits[1][:300]
     search = GridSearchCV(
         DkNNClassifier(network, layers="input", random_state=0),
@@ -105,8 +105,8 @@ def test_a_search_attacks_the_network_once_a_split(digits, network, tmp_path):
         cv=3,
         refit=False,
     )
-    # First in one process: two that come to the same split at the same moment both attack it.
-    # Then worker processes find what is there.
+    # First in one process, since two that reach the same split at the same time both attack it.
+    # Then in worker processes, which find the stored samples.
     for n_jobs in (1, 2):
         search.set_params(n_jobs=n_jobs).fit(X, y)
         assert [path.read_text() for path in tmp_path.iterdir()] == ["once"] * 3
@@ -115,7 +115,7 @@ def test_a_search_attacks_the_network_once_a_split(digits, network, tmp_path):
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_the_score_is_the_accuracy_on_the_attacked_rows(digits, network):
+def test_the_score_is_the_accuracy_on_the_attacked_samples(digits, network):
     X, y = digits
     names = np.array([f"digit {label}" for label in y])
     rails = RAILSClassifier(network, layers="input", population_size=20, generations=1)
@@ -131,7 +131,7 @@ def test_the_score_is_the_accuracy_on_the_attacked_rows(digits, network):
     assert make_robust_scorer(attack)(rails, X[500:600], names[500:600]) == expected
 
 
-def test_in_a_pipeline_samples_are_attacked_where_the_network_sees_them(digits, network):
+def test_in_a_pipeline_the_input_of_the_network_is_attacked(digits, network):
     X, y = digits
     seen = []
 
@@ -152,7 +152,7 @@ def test_in_a_pipeline_samples_are_attacked_where_the_network_sees_them(digits, 
     )
 
 
-def test_a_scorer_that_is_loaded_after_its_process_has_ended_finds_a_place(digits, network):
+def test_a_scorer_loaded_after_its_process_has_ended_works(digits, network):
     X, y = digits[0][:100], digits[1][:100]
     fitted = DkNNClassifier(network, layers="input", random_state=0).fit(X, y)
     scorer = make_robust_scorer(leave_alone)
@@ -162,7 +162,7 @@ def test_a_scorer_that_is_loaded_after_its_process_has_ended_finds_a_place(digit
     assert pickle.loads(saved)(fitted, X, y) == expected
 
 
-def test_what_cannot_be_attacked_is_named(digits, network):
+def test_estimators_without_a_network_are_refused(digits, network):
     X, y = digits[0][:100], digits[1][:100]
     fitted = DkNNClassifier(network, random_state=0).fit(X, y)
     with pytest.raises(ValueError, match="LogisticRegression has no network to attack"):
@@ -218,7 +218,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_bad_samples_are_refused_every_time_and_never_kept(fitted, kind):
+def test_invalid_attacked_samples_are_always_refused_and_never_stored(fitted, kind):
     spoil, message = REFUSED[kind]
     scorer = make_robust_scorer(lambda network, X, y: spoil(X))
     for _ in range(2):
@@ -247,7 +247,7 @@ def test_an_attack_that_fails_leaves_no_file(fitted, monkeypatch):
     assert os.listdir(scorer._folder) == []
 
 
-def test_an_attack_may_change_all_that_it_gets(fitted, network):
+def test_an_attack_may_change_its_arguments(fitted, network):
     dknn, X, y = fitted
     X, y = X.copy(), y.copy()
     X_before, y_before = X.copy(), y.copy()
@@ -269,7 +269,7 @@ def test_an_attack_may_change_all_that_it_gets(fitted, network):
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_attacks_get_labels_that_torch_losses_take(digits, network):
+def test_attacks_receive_labels_for_torch_losses(digits, network):
     X, y = digits[0][:200], digits[1][:200]
     got = []
 
@@ -294,7 +294,7 @@ def test_attacks_get_labels_that_torch_losses_take(digits, network):
         assert_array_equal(labels, y)
 
 
-def test_a_class_of_the_test_split_alone_keeps_its_place_among_the_classes(digits, network):
+def test_a_class_only_in_the_test_split_keeps_its_position(digits, network):
     X, y = digits[0][:200], digits[1][:200]
     names = np.array([f"digit {label}" for label in y])
     got = []
@@ -317,7 +317,7 @@ def test_a_float64_estimator_is_attacked_in_float64(digits, network):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_attack_has_gradients_where_the_caller_has_none(fitted, mode):
+def test_an_attack_has_gradients_even_if_the_caller_disables_them(fitted, mode):
     def attack(network, X, y):
         X = torch.from_numpy(X).requires_grad_()
         (slope,) = torch.autograd.grad(network(X).sum(), X)
@@ -373,7 +373,7 @@ if sys.argv[1] == "workers":
 scorer(dknn, X, y)
 assert os.listdir(scorer._folder)
 if hasattr(os, "fork") and os.fork() == 0:
-    sys.exit()  # A forked process that ends takes nothing with it.
+    sys.exit()  # A forked process removes nothing when it ends.
 os.wait()
 assert os.listdir(scorer._folder)
 print("ready", flush=True)

@@ -1,9 +1,22 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import make_problem
 
-from sklearn_rails.neighbors.affinity import affinity_to, norm, normalize_rows, replace_non_finite
+from sklearn_rails.neighbors import (
+    AFFINITIES,
+    Affinity,
+    CallableAffinity,
+    ClassNeighbors,
+    Cosine,
+    Euclidean,
+    InnerProduct,
+    resolve_affinity,
+)
+from sklearn_rails.neighbors.affinity import norm, normalize_rows, replace_non_finite
 
 SCALES = [1e-42, 1e-30, 1e-26, 1.0, 1e25, 1e30, 1e37]
 
@@ -18,26 +31,26 @@ def test_distances_and_cosines_are_right_at_any_scale(scale):
     a, f = (torch.tensor(x * (scale / 1000), dtype=torch.float32) for x in (antigens, features))
     wide_a, wide_f = a.double().numpy(), f.double().numpy()
     distance = np.linalg.norm(wide_f - wide_a[:, None], axis=2)
-    assert_allclose(-affinity_to("euclidean", a, f).double(), distance, rtol=1e-6, atol=2e-45)
+    assert_allclose(-Euclidean()(a, f).double(), distance, rtol=1e-6, atol=2e-45)
     lengths = np.linalg.norm(wide_f, axis=2) * np.linalg.norm(wide_a, axis=1)[:, None]
     cosine = (wide_f * wide_a[:, None]).sum(axis=2) / np.where(lengths > 0, lengths, 1)
     for overwrite in (False, True):
-        found = affinity_to("cosine", a, f.clone(), overwrite_features=overwrite)
+        found = Cosine()(a, f.clone(), overwrite_features=overwrite)
         assert_allclose(found, cosine, atol=1e-6)
     assert found[1, 1] == 0
 
 
-def test_a_few_rows_of_another_scale_do_not_change_the_others():
+def test_a_few_samples_of_another_scale_do_not_change_the_others():
     features = torch.rand(1, 50, 8)
-    expected = affinity_to("euclidean", torch.zeros(1, 8), features)
-    cosine = affinity_to("cosine", torch.ones(1, 8), features)
+    expected = Euclidean()(torch.zeros(1, 8), features)
+    cosine = Cosine()(torch.ones(1, 8), features)
     features[0, 3] *= 1e30
     features[0, 4] *= 1e-30
-    found = affinity_to("euclidean", torch.zeros(1, 8), features)
+    found = Euclidean()(torch.zeros(1, 8), features)
     assert_allclose(found[0, 3:5], expected[0, 3:5] * torch.tensor([1e30, 1e-30]), rtol=1e-5)
     kept = [i for i in range(50) if i not in (3, 4)]
     assert_array_equal(found[0, kept], expected[0, kept])
-    assert_allclose(affinity_to("cosine", torch.ones(1, 8), features), cosine, rtol=1e-5)
+    assert_allclose(Cosine()(torch.ones(1, 8), features), cosine, rtol=1e-5)
 
 
 def test_norms_have_a_gradient_and_any_shape():
@@ -55,19 +68,88 @@ def test_normalised_rows_have_length_1_or_are_zero():
     assert_allclose(found, [[0.6, 0.8], [0.6, 0.8], [0.5**0.5] * 2, [0, 0]], rtol=1e-6)
 
 
-def test_a_callable_that_gives_nan_for_finite_features_is_named():
+def test_a_callable_that_returns_nan_for_finite_features_raises_an_error():
     def ratio(a, b):
         return (a / b).sum(dim=1)
 
     features = torch.ones(2, 3, 2)
-    affinity_to(ratio, torch.ones(2, 2), features)
+    CallableAffinity(ratio)(torch.ones(2, 2), features)
     with pytest.raises(ValueError, match=r"affinity=<function .*ratio.* gave NaN"):
-        affinity_to(ratio, torch.zeros(2, 2), features * 0)
+        CallableAffinity(ratio)(torch.zeros(2, 2), features * 0)
     # NaN for features that are NaN is for the rule about cells.
     features[0, 1] = torch.nan
-    assert affinity_to(ratio, torch.ones(2, 2), features).isnan().sum() == 1
+    assert CallableAffinity(ratio)(torch.ones(2, 2), features).isnan().sum() == 1
 
 
 def test_non_finite_affinities_follow_one_rule():
     found = replace_non_finite(torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0]))
     assert found.tolist() == [-torch.inf, torch.finfo(torch.float32).max, -torch.inf, 1.0]
+
+
+class Chebyshev(Affinity):
+    """Minus the largest difference in a feature."""
+
+    def __call__(self, antigens, features, *, overwrite_features=False):
+        return -(features - antigens[:, None]).abs().amax(dim=2)
+
+
+class WrongShape(Affinity):
+    """Affinities with an axis too many, which would broadcast."""
+
+    def __call__(self, antigens, features, *, overwrite_features=False):
+        return features.sum(dim=2)[:, :1]
+
+
+def test_one_class_and_one_line_in_the_table_add_an_affinity(monkeypatch):
+    # ClassNeighbors is where RAILSClassifier looks affinities up.
+    monkeypatch.setitem(AFFINITIES, "chebyshev", Chebyshev)
+    X, y, Q = make_problem(0, 60, 4, 2)
+    neighbors = ClassNeighbors("chebyshev").fit(torch.tensor(X), y, 2)
+    assert neighbors.affinity == Chebyshev()
+    assert neighbors.affinity.name == "chebyshev"
+    for found in (neighbors, pickle.loads(pickle.dumps(neighbors))):
+        affinity, index = found.kneighbors(torch.tensor(Q), 5)
+        scores = -np.abs(Q[:, None] - X).max(axis=2)
+        for c in range(2):
+            members = np.flatnonzero(y == c)
+            best = members[np.argsort(-scores[:, members], axis=1, kind="stable")[:, :5]]
+            assert_array_equal(index[:, c], best)
+            assert_allclose(affinity[:, c], np.take_along_axis(scores, best, axis=1))
+    with pytest.raises(ValueError, match="'kd_tree'.*affinity='chebyshev' does not give"):
+        ClassNeighbors("chebyshev", "kd_tree").fit(torch.tensor(X), y, 2)
+    with pytest.raises(ValueError, match="affinity='chebyshev' .* is NaN"):
+        neighbors.kneighbors(torch.tensor(Q) * torch.nan, 5)
+
+
+def test_an_affinity_of_the_wrong_shape_raises_an_error():
+    X, y, Q = make_problem(0, 60, 4, 2)
+    neighbors = ClassNeighbors(WrongShape()).fit(torch.tensor(X), y, 2)
+    with pytest.raises(ValueError, match=r"affinity='wrong_shape' must give a tensor of shape"):
+        neighbors.kneighbors(torch.tensor(Q), 5)
+
+
+def test_affinities_are_resolved_compared_and_pickled():
+    euclidean, cosine, inner = (resolve_affinity(name) for name in AFFINITIES)
+    assert [type(a) for a in (euclidean, cosine, inner)] == [Euclidean, Cosine, InnerProduct]
+    assert [a.is_distance for a in (euclidean, cosine, inner)] == [True, True, False]
+    assert all(a.permutation_invariant for a in (euclidean, cosine, inner))
+    assert euclidean == Euclidean() != cosine
+    assert len({euclidean, Euclidean(), cosine}) == 2
+    assert resolve_affinity(cosine) is cosine
+    own = resolve_affinity(torch.dist)
+    assert own == CallableAffinity(torch.dist) != CallableAffinity(torch.dot)
+    assert not own.permutation_invariant
+    assert "dist" in repr(own)
+    assert repr(euclidean) == "Euclidean()"
+    for affinity in (euclidean, cosine, inner):
+        assert pickle.loads(pickle.dumps(affinity)) == affinity
+    for unknown in ("manhattan", 3):
+        with pytest.raises(ValueError, match=f"affinity={unknown!r} must be one of .'cosine'"):
+            resolve_affinity(unknown)
+    with pytest.raises(NotImplementedError, match="Affinity needs a method __call__"):
+        Affinity()(torch.ones(1, 2), torch.ones(1, 1, 2))
+
+
+def test_a_callable_that_returns_complex_numbers_raises_an_error():
+    with pytest.raises(ValueError, match="must give real numbers, it gave torch.complex64"):
+        CallableAffinity(lambda a, b: (a * 1j).sum(dim=1))(torch.ones(1, 2), torch.ones(1, 3, 2))

@@ -1,6 +1,4 @@
 import copy
-import errno
-import os
 import pickle
 
 import numpy as np
@@ -9,40 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import make_problem, search_by_hand
 from sklearn.base import BaseEstimator
 from sklearn.neighbors import KNeighborsTransformer, NearestNeighbors
 
-from sklearn_rails.neighbors import index as flocking
+from sklearn_rails.neighbors import ClassNeighbors, ExactNeighbors, exact
 from sklearn_rails.neighbors.affinity import norm, normalize_rows
-from sklearn_rails.neighbors.index import ClassNeighbors, drop_self
-
-
-def search_by_hand(X, y, n_classes, Q, k):
-    """Sort all distances, ties by index."""
-    distance = np.full((len(Q), n_classes, k), np.inf)
-    index = np.full((len(Q), n_classes, k), -1)
-    for i, q in enumerate(Q):
-        for c in range(n_classes):
-            rows = np.flatnonzero(y == c)
-            d = np.sqrt(((X[rows] - q) ** 2).sum(axis=1))
-            best = np.lexsort((rows, d))[:k]
-            distance[i, c, : len(best)] = d[best]
-            index[i, c, : len(best)] = rows[best]
-    return distance, index
-
-
-def make_problem(seed, n, n_features, n_classes, *, on_a_grid=False):
-    rng = np.random.default_rng(seed)
-    X, Q = rng.normal(size=(2, n, n_features))
-    if on_a_grid:  # many ties, and duplicates
-        X, Q = X.round(), Q.round()
-    y = rng.integers(n_classes, size=n)
-    y[:n_classes] = np.arange(n_classes)
-    return X, y, Q
+from sklearn_rails.neighbors.index import merge_flocks
+from sklearn_rails.neighbors.leave_one_out import kneighbors_leave_one_out
+from sklearn_rails.neighbors.search import Search
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "brute", "kd_tree", "ball_tree"])
-def test_neighbours_are_those_of_sorting_all_distances(algorithm):
+def test_neighbours_equal_those_of_sorting_all_distances(algorithm):
     X, y, Q = make_problem(0, 200, 5, 3)
     neighbors = ClassNeighbors(algorithm=algorithm).fit(torch.tensor(X), y, 3)
     affinity, index = neighbors.kneighbors(torch.tensor(Q), 7)
@@ -70,29 +47,6 @@ def test_ties_and_duplicates_go_by_index(seed, n, n_features, k, dtype):
     assert_allclose(-affinity, expected_distance, rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 10**6),
-    n=st.integers(3, 200),
-    n_features=st.integers(1, 30),
-    k=st.integers(1, 12),
-    scale=st.sampled_from([1e-6, 1.0, 1e6]),
-    affinity=st.sampled_from(["euclidean", "inner_product"]),
-    on_a_grid=st.booleans(),
-)
-def test_half_precision_loses_no_neighbour(seed, n, n_features, k, scale, affinity, on_a_grid):
-    X, y, Q = make_problem(seed, n, n_features, 3, on_a_grid=on_a_grid)
-    # A shift beside which the differences are small, and examples far out, put last.
-    X, Q = torch.tensor(X * scale + 20 * scale), torch.tensor(Q * scale + 20 * scale)
-    X[-2:] *= 1000
-    expected = ClassNeighbors(affinity).fit(X, y, 3).kneighbors(Q, k)
-    half = ClassNeighbors(affinity, storage="float16").begin(y, 3)
-    half.put(slice(0, n // 2), X[: n // 2]).put(slice(n // 2, n), X[n // 2 :]).finish()
-    affinity, index = half.kneighbors(Q, k, lambda i: X[i])
-    assert_array_equal(affinity, expected[0])
-    assert_array_equal(index, expected[1])
-
-
 def test_a_border_within_duplicates_goes_by_index():
     X = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).repeat(100, 1)
     y = np.tile([0, 1], 100)
@@ -116,12 +70,12 @@ def test_blocks_change_nothing(monkeypatch):
     X, y, Q = make_problem(2, 100, 4, 3)
     neighbors = ClassNeighbors().fit(torch.tensor(X), y, 3)
     whole = neighbors.kneighbors(torch.tensor(Q), 5)
-    monkeypatch.setattr(flocking, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(exact, "BLOCK_BYTES", 2000)
     for part, expected in zip(neighbors.kneighbors(torch.tensor(Q), 5), whole, strict=True):
         assert_array_equal(part, expected)
 
 
-def test_other_affinities_rank_by_themselves():
+def test_other_affinities_sort_by_themselves():
     X, y, Q = make_problem(3, 80, 4, 2)
     rows = [np.flatnonzero(y == c) for c in range(2)]
     unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
@@ -159,23 +113,14 @@ def test_an_affinity_without_a_distance_needs_the_matrix_product():
         ClassNeighbors("inner_product", "kd_tree").fit(torch.tensor(X), y, 2)
 
 
-def test_a_callable_affinity_of_the_wrong_shape_is_named():
+def test_a_callable_that_returns_the_wrong_shape_raises_an_error():
     X, y, Q = make_problem(6, 20, 3, 2)
     neighbors = ClassNeighbors(lambda a, b: a @ b.T).fit(torch.tensor(X), y, 2)
     with pytest.raises(ValueError, match=r"affinity must give a tensor of shape \(n,\)"):
         neighbors.kneighbors(torch.tensor(Q), 2)
 
 
-def test_a_row_is_dropped_from_its_own_neighbours():
-    X = torch.tensor([[0.0], [0.0], [1.0], [5.0]])
-    neighbors = ClassNeighbors().fit(X, np.array([0, 0, 0, 1]), 2)
-    own = torch.tensor([1, 3])
-    affinity, index = drop_self(*neighbors.kneighbors(X[own], 3), own)
-    assert index.tolist() == [[[0, 2], [3, -1]], [[2, 0], [-1, -1]]]
-    assert affinity[0, 0].tolist() == [0.0, -1.0]
-
-
-def test_saved_neighbours_answer_as_before():
+def test_saved_and_copied_neighbours_find_the_same():
     X, y, Q = make_problem(7, 50, 3, 2)
     for algorithm in ("auto", "ball_tree"):
         neighbors = ClassNeighbors(algorithm=algorithm).fit(torch.tensor(X), y, 2)
@@ -239,7 +184,9 @@ def test_neighbours_are_exact_at_any_offset_and_scale(
     else:
         Q[1] *= scale
     X, Q = X.astype(dtype), Q.astype(dtype)
-    neighbors = ClassNeighbors(affinity, storage=storage).fit(torch.from_numpy(X), y, 3)
+    neighbors = ClassNeighbors(affinity, algorithm=ExactNeighbors(storage)).fit(
+        torch.from_numpy(X), y, 3
+    )
     recompute = (lambda i: torch.from_numpy(X)[i]) if storage == "float16" else None
     found, index = neighbors.kneighbors(torch.from_numpy(Q), k, recompute)
     expected = sorted_affinities(affinity, X, y, 3, Q, found.shape[2])
@@ -253,13 +200,13 @@ def test_neighbours_are_exact_at_any_offset_and_scale(
 @pytest.mark.parametrize("scaled", ["offset", "one example far out", "a missing value"])
 def test_no_more_examples_are_compared_one_by_one(affinity, scaled, monkeypatch):
     compared = []
-    plain = ClassNeighbors._exact_affinities
+    plain = Search.exact_affinities
 
     def count(self, queries, places, take):
         compared.append(places.numel())
         return plain(self, queries, places, take)
 
-    monkeypatch.setattr(ClassNeighbors, "_exact_affinities", count)
+    monkeypatch.setattr(Search, "exact_affinities", count)
     X, y, Q = make_problem(0, 2000, 16, 4)
     for moved in (False, True):
         if moved and scaled == "one example far out":
@@ -273,28 +220,10 @@ def test_no_more_examples_are_compared_one_by_one(affinity, scaled, monkeypatch)
         neighbors = ClassNeighbors(affinity).fit(rows, y, 4)
         neighbors.kneighbors(torch.tensor(Q[:50], dtype=torch.float32), 5)
     moved = sum(compared[compared.index(0, 1) :])
-    assert moved <= 1.5 * 50 * 4 * (5 + flocking.SLACK)
+    assert moved <= 1.5 * 50 * 4 * (5 + exact.SLACK)
 
 
-def test_features_that_are_stored_as_differences_lose_nothing():
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(200, 3)).astype(np.float32)
-    X[:, 0] += 2000
-    X[:, 1] = rng.integers(10**6, 10**6 + 50, size=200)
-    X[0, 1] = 0
-    neighbors = ClassNeighbors().fit(torch.from_numpy(X), np.arange(200) % 2, 2)
-    assert neighbors._has_shift
-    for c in range(2):
-        examples, index = neighbors.examples_of(c, torch.device("cpu"))
-        assert_array_equal(examples, X[index])
-    # Here they would: 0.1 is not a difference from 2000 in float32.
-    X[0, 0] = 0.1
-    neighbors = ClassNeighbors().fit(torch.from_numpy(X), np.arange(200) % 2, 2)
-    assert neighbors._shift.tolist()[0] == 0
-    assert_array_equal(neighbors.examples_of(0, torch.device("cpu"))[0], X[::2])
-
-
-def test_rows_of_zeros_have_a_cosine_of_0():
+def test_samples_of_zeros_have_a_cosine_of_0():
     X = np.array([[0, 0], [1, 0.1], [-1, 0], [0, 0], [0.1, 1]], dtype=np.float32)
     rows, y = torch.from_numpy(X), np.zeros(5, dtype=int)
     for algorithm in ("auto", "brute", "kd_tree", NearestNeighbors()):
@@ -347,7 +276,7 @@ def test_a_class_without_examples_has_no_neighbours(storage):
     X, y, Q = make_problem(4, 30, 3, 2)
     X, Q = torch.tensor(X), torch.tensor(Q)
     for n_classes, labels in ((5, 2 * y), (3, y + 1)):
-        neighbors = ClassNeighbors(storage=storage).fit(X, labels, n_classes)
+        neighbors = ClassNeighbors(algorithm=ExactNeighbors(storage)).fit(X, labels, n_classes)
         affinity, index = neighbors.kneighbors(Q, 4, lambda i: X[i])
         expected = ClassNeighbors().fit(X, y, 2).kneighbors(Q, 4)
         present = np.unique(labels)
@@ -369,12 +298,12 @@ def test_many_classes_and_more_neighbours_than_examples():
     one = ClassNeighbors().fit(torch.tensor(X[:1]), y[:1] * 0, 1)
     assert one.kneighbors(torch.tensor(X[:2]), 5)[1].tolist() == [[[0]]] * 2
     own = torch.arange(5)
-    left_out = flocking.kneighbors_leave_one_out(neighbors, own, torch.tensor(X[:5]), 10**9)
+    left_out = kneighbors_leave_one_out(neighbors, own, torch.tensor(X[:5]), 10**9)
     assert (left_out[own, y[:5]].isfinite().sum(dim=1) == np.bincount(y)[y[:5]] - 1).all()
 
 
 class Given(BaseEstimator):
-    """An index that gives what it is told to."""
+    """An index that returns what a function computes."""
 
     def __init__(self, found=None):
         self.found = found
@@ -431,7 +360,7 @@ def test_an_index_may_find_fewer_neighbours():
         (lambda found: found * 1.0, "whole numbers of shape"),
     ],
 )
-def test_an_index_that_gives_no_positions_is_named(change, message):
+def test_an_index_that_returns_no_positions_raises_an_error(change, message):
     X, y, Q = make_problem(5, 40, 3, 2)
     template = Given(lambda n, k, n_samples: change(find_first(n, k, n_samples)))
     neighbors = ClassNeighbors(algorithm=template).fit(torch.tensor(X), y, 2)
@@ -468,49 +397,6 @@ def test_an_infinite_affinity_is_the_highest_there_is():
     affinity, index = neighbors.kneighbors(X[1:2] + 0, 3)
     assert index.tolist() == [[[1, 0, 2]]]
     assert affinity[0, 0].tolist() == [torch.finfo(torch.float32).max, 1, 1]
-
-
-def test_a_folder_on_a_full_disk_is_named(monkeypatch, tmp_path):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"storage=.*has no room for .* MiB of features: No space"):
-        ClassNeighbors(storage=tmp_path).fit(torch.rand(9, 4), np.zeros(9, dtype=int), 1)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, None])
-def test_a_folder_that_cannot_reserve_space_is_filled(error, monkeypatch, tmp_path):
-    def refuse(*args):
-        raise OSError(error, os.strerror(error))
-
-    if error is None:
-        monkeypatch.delattr(os, "posix_fallocate")
-    else:
-        monkeypatch.setattr(os, "posix_fallocate", refuse)
-    X, y, Q = make_problem(8, 60, 3, 2)
-    neighbors = ClassNeighbors(storage=tmp_path).fit(torch.tensor(X), y, 2)
-    expected = ClassNeighbors().fit(torch.tensor(X), y, 2).kneighbors(torch.tensor(Q), 3)
-    assert_array_equal(neighbors.kneighbors(torch.tensor(Q), 3)[1], expected[1])
-
-
-def test_half_precision_is_converted_in_pieces_that_stay_in_a_cache(monkeypatch):
-    sizes = []
-    pieces = ClassNeighbors._pieces
-
-    def note(self, like, n_bytes):
-        for piece in pieces(self, like, n_bytes):
-            sizes.append(piece.nbytes)
-            yield piece
-
-    X = torch.rand(3000, 500)
-    neighbors = ClassNeighbors(storage="float16").fit(X, np.arange(3000) % 3, 3)
-    monkeypatch.setattr(ClassNeighbors, "_pieces", note)
-    neighbors.kneighbors(X[:1], 5, lambda i: X[i])
-    assert max(sizes) <= flocking.PIECE_BYTES
-    with pytest.raises(ValueError, match="storage='float16'.*recompute"):
-        neighbors.kneighbors(X[:1], 5)
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -551,9 +437,14 @@ def test_every_algorithm_is_exact_far_from_zero(algorithm, offset):
         assert_allclose(-affinity[:, c, 0], distance[:, c::2].amin(dim=1), atol=1e-7)
 
 
-@pytest.mark.parametrize("storage", ["memory", "float16"])
-def test_inner_products_that_vanish_are_refused_in_every_storage(storage):
-    X = torch.from_numpy(np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)) * 1e-22
-    neighbors = ClassNeighbors("inner_product", storage=storage).fit(X, np.arange(60) % 2, 2)
-    with pytest.raises(ValueError, match="affinity='inner_product' .* below what float32 holds"):
-        neighbors.kneighbors(X[:5], 3, lambda index: X[index])
+def test_merged_neighbours_are_the_nearest_of_both_and_ties_go_to_the_first():
+    first = torch.tensor([[[-1.0, -3.0]]]), torch.tensor([[[4, 5]]])
+    second = torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[[6, 7]]])
+    affinity, index = merge_flocks(first, second, 3)
+    assert affinity.tolist() == [[[-1, -1, -2]]]
+    assert index.tolist() == [[[4, 6, 7]]]
+
+
+def test_the_representation_tells_the_sizes():
+    neighbors = ClassNeighbors().fit(torch.rand(6, 2), np.arange(6) % 3, 3)
+    assert repr(neighbors) == "ClassNeighbors(6 examples of 3 classes)"

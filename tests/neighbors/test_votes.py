@@ -2,8 +2,8 @@ import numpy as np
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sklearn_rails.neighbors.index import ClassNeighbors
-from sklearn_rails.neighbors.votes import neighbor_votes
+from sklearn_rails.neighbors import ClassNeighbors
+from sklearn_rails.neighbors.votes import class_margin, neighbor_votes
 
 
 def as_one_class(features):
@@ -27,7 +27,7 @@ def test_votes_of_two_layers_by_hand():
     assert_allclose(tie_break, expected, rtol=1e-6)
 
 
-def test_training_rows_do_not_vote_on_themselves():
+def test_training_samples_do_not_vote_on_themselves():
     labels = np.array([0, 1, 1, 0])
     line = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
     votes, _ = neighbor_votes(
@@ -36,6 +36,13 @@ def test_training_rows_do_not_vote_on_themselves():
         labels,
         n_neighbors=1,
         n_classes=2,
-        own=np.arange(4),
+        self_index=np.arange(4),
     )
     assert_array_equal(votes, [[0, 1], [1, 0], [0, 1], [0, 1]])
+
+
+def test_the_margin_compares_the_mean_affinity_of_the_label_with_the_best_of_the_others():
+    none = -torch.inf
+    flocked = torch.tensor([[[-1.0, -3.0], [-3.0, none], [none, none]]])
+    margins = [class_margin(flocked, torch.tensor([label])).item() for label in range(3)]
+    assert margins == [-1, 1, torch.inf]  # means of -2, -3, and none

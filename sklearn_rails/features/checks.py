@@ -1,0 +1,136 @@
+"""Whether the layers of a network can be used, and what a pass changes in it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .hooks import remove_watchers
+from .outputs import LayerError
+from .truncation import NetworkTraits, TruncatedNetwork
+from .volatile import changed_keys, state_of
+
+# Features of one sample in two batches may differ by this share of the largest feature before they
+# count as different: rounding, also of networks that compute in half precision inside.
+BATCH_TOLERANCE = 1e-4
+
+
+def check_layers(
+    network: TruncatedNetwork, x: torch.Tensor, layers: Sequence[str], start: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Run a few inputs and raise an error for layers that cannot be used.
+
+    Sets the network's ``traits``, which later passes need.
+
+    Parameters
+    ----------
+    network : TruncatedNetwork
+    x : torch.Tensor of shape (n, ...)
+        A few inputs; the first and the last should differ.
+    layers : sequence of str
+        The layers to check.
+    start : str, default=None
+        The layer from which they are to be reached.
+
+    Returns
+    -------
+    dict of str to torch.Tensor of shape (n, ...)
+        The outputs of the layers and of ``start``.
+
+    Raises
+    ------
+    ValueError
+        If a layer is not run, runs more than once, returns something other than a float tensor with
+        an entry for each input, depends on the other inputs of the batch, or depends on more than
+        the output of ``start``.
+    """
+    removed = network.traits.watchers
+    traits = NetworkTraits(integer_input=not x.is_floating_point(), watchers=removed)
+    network.adopt(traits, {})
+    asked = tuple(dict.fromkeys((*layers, *([] if start is None else [start]))))
+    if network.module is not None:
+        before = state_of(network.module)
+        watchers = remove_watchers(network.module, lambda: _check_counts(network, x, asked))
+        volatile = changed_keys(before, state_of(network.module))
+        network.adopt(replace(traits, volatile=volatile, watchers=(*removed, *watchers)), before)
+        network.volatile.restore()
+    outputs = network(x, asked)
+    if network.module is not None:
+        _check_batch_independence(network, x, asked, outputs)
+    if start is not None and start in network.layers:
+        _check_start(network, layers, start, outputs)
+    return outputs
+
+
+def _check_counts(network: TruncatedNetwork, x: torch.Tensor, layers: Sequence[str]) -> None:
+    """Check that each layer runs once, and returns one tensor."""
+    counts = {name: 0 for name in layers if name in network.layers}
+
+    def count(name: str, output: Any) -> None:
+        if name in counts:
+            counts[name] += 1
+            network.tensor_of(name, output, len(x))
+
+    output = network.forward(x.clone(), count)
+    if network.output in layers and network.output not in network.layers:
+        network.tensor_of(network.output, output, len(x))
+    for name, n_calls in counts.items():
+        if n_calls != 1:
+            raise LayerError(
+                f"layers={name!r}: this layer runs {n_calls} times in one pass of the network, "
+                "but it must run exactly once. Name the module around it, or give each use a "
+                "module of its own (torch.nn.Identity after the operation)."
+            )
+
+
+def _check_batch_independence(
+    network: TruncatedNetwork,
+    x: torch.Tensor,
+    layers: Sequence[str],
+    outputs: dict[str, torch.Tensor],
+) -> None:
+    """Compare outputs for inputs in other places, beside others and beside their copies."""
+    flipped = network(x.flip(0), layers)
+    pairs = [(outputs[name], flipped[name].flip(0), name) for name in layers]
+    for place in (0, -1):
+        alone = network(x[[place]].expand_as(x), layers)
+        pairs += [(outputs[name][[place]], alone[name], name) for name in layers]
+    for expected, found, name in pairs:
+        if not torch.isfinite(expected).all():
+            continue
+        largest = torch.maximum(expected.abs().max(), found.abs().max())
+        if (expected - found).abs().max() > BATCH_TOLERANCE * largest:
+            raise LayerError(
+                f"layers={name!r}: the network gives the same input other features in another "
+                "batch, so predictions would depend on the batch. Usual reasons are batch "
+                "normalization without running statistics, dropout that stays on in eval mode, "
+                "dynamic quantization, a recurrent layer that takes samples for time steps "
+                "(batch_first=False), and observers of quantization-aware training. Name a "
+                f"layer before it, or change the network given as {network.parameter}."
+            )
+
+
+def _check_start(
+    network: TruncatedNetwork,
+    layers: Sequence[str],
+    start: str,
+    expected: dict[str, torch.Tensor],
+) -> None:
+    """Check that the layers depend on the output of ``start`` alone."""
+    reason = f"start_layer={start!r}: the network cannot be run from there to {list(layers)}, "
+    # Code behind the start layer may take the number of inputs from the network's input.
+    for n_blanks in (1, None):
+        network.traits = replace(network.traits, n_blanks=n_blanks)
+        try:
+            found = network(expected[start], layers, start)
+            break
+        except Exception as error:  # the shapes of a path around start_layer do not fit
+            if n_blanks is None:
+                raise LayerError(reason + f"it stops with: {error}") from error
+    for name in layers:
+        if not torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise LayerError(
+                reason + f"since {name!r} depends on more than the output of that layer (a "
+                "connection goes around it). Start from a layer that all paths go through."
+            )

@@ -1,0 +1,373 @@
+"""The operators that turn a population into the next one, and the domain that cells live in.
+
+Every function is pure: random numbers come in as arguments, uniform in [0, 1) and shared by all
+samples, so that predictions are deterministic. Populations are kept sorted by class: a class is a
+slice, and one cumulative sum serves the choice of both parents.
+
+Affinities of a population are finite, or minus infinity for a cell without one (see
+:func:`replace_non_finite`): it is not selected, no parent, and has no vote while other cells of its
+population have an affinity.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import pad
+
+# Times this, a number in double precision is the next smaller one, or the one after that.
+BELOW_ONE = 1 - 2**-53
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where cells live and how far a mutation moves them.
+
+    Attributes
+    ----------
+    unit : array of shape (n_features,) or float
+        What delta is counted in: each feature's range, or 1.
+    low, high : array of shape (n_features,), float or None
+        The bounds that cells are clipped to.
+    """
+
+    unit: NDArray[Any] | torch.Tensor | float
+    low: NDArray[Any] | torch.Tensor | float | None
+    high: NDArray[Any] | torch.Tensor | float | None
+
+    def on(self, cells: torch.Tensor) -> "Domain":
+        """Return the domain as tensors on the device of some cells.
+
+        Parameters
+        ----------
+        cells : torch.Tensor
+
+        Returns
+        -------
+        Domain
+        """
+        return Domain(
+            *(
+                torch.as_tensor(v, device=cells.device, dtype=cells.dtype)
+                if isinstance(v, np.ndarray)
+                else v
+                for v in (self.unit, self.low, self.high)
+            )
+        )
+
+
+def find_domain(cells: torch.Tensor, clip: object) -> Domain:
+    """Find where cells live: the paper's [0, 1], or each feature's range.
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_features)
+        The training data, in the cells' space.
+    clip : "auto", None or pair of float
+
+    Returns
+    -------
+    Domain
+
+    Raises
+    ------
+    ValueError
+        If ``clip`` is none of these, or a feature's range overflows.
+    """
+    low, high = cells.amin(dim=0), cells.amax(dim=0)
+    in_unit_interval = bool((low >= 0).all() and (high <= 1).all())
+    unit = 1.0 if in_unit_interval else (high - low).cpu().numpy()
+    if not np.isfinite(unit).all():
+        raise ValueError(
+            f"The range of a feature of X is beyond what {str(cells.dtype).removeprefix('torch.')} "
+            "holds; scale X, or use dtype='float64'."
+        )
+    if clip is None:
+        return Domain(unit, None, None)
+    if not isinstance(clip, str):
+        try:
+            bounds = np.asarray(clip, dtype=float)
+        except (TypeError, ValueError):
+            bounds = np.empty(0)
+        if bounds.shape != (2,) or not bounds[0] < bounds[1]:
+            raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")
+        # Infinity leaves a side open; a number beyond the dtype would overflow inside of torch.
+        if (np.isfinite(bounds) & (np.abs(bounds) > torch.finfo(cells.dtype).max)).any():
+            raise ValueError(
+                f"clip={clip!r} is beyond what {str(cells.dtype).removeprefix('torch.')} holds."
+            )
+        return Domain(unit, *bounds.tolist())
+    if in_unit_interval:
+        return Domain(unit, 0.0, 1.0)
+    return Domain(unit, low.cpu().numpy(), high.cpu().numpy())
+
+
+def class_quota(n_cells: int, n_classes: int) -> list[int]:
+    """Share cells among the classes; the first ones get what is left over.
+
+    Parameters
+    ----------
+    n_cells, n_classes : int
+
+    Returns
+    -------
+    list of int
+    """
+    share, left_over = divmod(n_cells, n_classes)
+    return [share + (c < left_over) for c in range(n_classes)]
+
+
+def clone_neighbors(index: torch.Tensor, n_cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spread a population over the flocked neighbours, class after class.
+
+    Parameters
+    ----------
+    index : torch.Tensor of shape (n, n_classes, n_neighbors), int64
+        Neighbours of each sample, -1 where a class has no more; the -1 come last.
+    n_cells : int
+
+    Returns
+    -------
+    parents : torch.Tensor of shape (n, n_cells), int64
+        The example that each cell is a clone of. Classes without neighbours have no cells. A
+        class's nearest neighbours get its remainder.
+    labels : torch.Tensor of shape (n_cells,) or (n, n_cells), int64
+        Of the latter shape where samples have neighbours in different classes.
+
+    Raises
+    ------
+    ValueError
+        If a sample has no neighbours.
+    """
+    n_found = (index >= 0).sum(dim=2)
+    if bool((n_found == n_found[0]).all()):
+        return _clone_alike(index, n_found[0], n_cells)
+    # Only an approximate index finds more for one sample than for another.
+    clones = [_clone_alike(index[[i]], n_found[i], n_cells) for i in range(len(index))]
+    parents, labels = zip(*clones, strict=True)
+    return torch.cat(parents), torch.stack(labels)
+
+
+def _clone_alike(
+    index: torch.Tensor, n_found: torch.Tensor, n_cells: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clone the neighbours of samples of which each class has the same number."""
+    present = n_found.nonzero()[:, 0]
+    if len(present) == 0:
+        raise ValueError(
+            "No neighbours were found for a sample: algorithm must find at least one in some class."
+        )
+    quota = torch.tensor(class_quota(n_cells, len(present)), device=index.device)
+    rank = torch.arange(n_cells, device=index.device)
+    position = torch.repeat_interleave(
+        torch.arange(len(present), device=index.device), quota, output_size=n_cells
+    )
+    labels = present[position]
+    rank = (rank - (torch.cumsum(quota, dim=0) - quota)[position]) % n_found[labels]
+    return index[:, labels, rank].reshape(len(index), n_cells), labels
+
+
+def mutate_(cells: torch.Tensor, steps: torch.Tensor, domain: Domain) -> torch.Tensor:
+    """Move cells and clip them to their domain, in place.
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_cells, n_features)
+    steps : torch.Tensor of shape (n_cells, n_features)
+    domain : Domain
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_cells, n_features)
+    """
+    cells.add_(steps)
+    return cells if domain.low is None else cells.clamp_(domain.low, domain.high)
+
+
+def select_parents(
+    affinity: torch.Tensor,
+    labels: torch.Tensor,
+    uniforms: dict[str, torch.Tensor],
+    tau: float,
+    *,
+    n_classes: int,
+    selection: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw two parents of one class for every new cell.
+
+    The first comes from P = softmax(affinity / tau) over the whole population ("global",
+    Algorithm 1) or over a fixed number of draws in each class ("class_balanced"); the second from
+    P restricted to the first one's class.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+    labels : torch.Tensor of shape (n, n_cells), int64
+        Class of each cell, in ascending order.
+    uniforms : dict of str to torch.Tensor of shape (n_cells,)
+        ``"first"`` and ``"second"``.
+    tau : float
+    n_classes : int
+    selection : {"global", "class_balanced"}
+
+    Returns
+    -------
+    first, second : torch.Tensor of shape (n, n_cells), int64
+        Positions of the parents; those of the first are in the order of their classes. Cells
+        without an affinity are no parents while others of their sample have one.
+
+    Notes
+    -----
+    Uniform numbers have 24 bits: of more than 2**24 cells some cannot be drawn.
+    """
+    n_rows, n_cells = affinity.shape
+    tau = _representable(tau, affinity)
+    # Weights relative to the best of the class: no class's sum is lost to underflow. Cells without
+    # an affinity weigh nothing, unless none of the sample has one.
+    lowest = torch.finfo(affinity.dtype).min
+    best = affinity.new_full((n_rows, n_classes), lowest)
+    best.scatter_reduce_(1, labels, affinity, "amax")
+    highest = best.amax(dim=1, keepdim=True)
+    affinity = torch.where(highest == lowest, highest, affinity)
+    weights = torch.exp((affinity - best.gather(1, labels)) / tau)
+    # Sums in double precision: those of single precision stop growing at 2**24.
+    sums = weights.cumsum(dim=1, dtype=torch.float64)
+    cumulative = pad(sums, (1, 0))
+    count = torch.zeros_like(labels[:, :1]).expand(n_rows, n_classes).clone()
+    count.scatter_add_(1, labels, torch.ones_like(labels))
+    stop = count.cumsum(dim=1)
+    below, above = cumulative.gather(1, stop - count), cumulative.gather(1, stop)
+
+    if selection == "global":
+        mass = (above - below) * torch.exp((best - highest) / tau)
+        edges = mass.cumsum(dim=1)
+        target = uniforms["first"].sort().values * edges[:, -1:]
+        target = torch.minimum(target, edges[:, -1:] * BELOW_ONE)
+        child_labels = torch.searchsorted(edges, target, right=True)
+        # Where in its class the draw lands, as a share of the class's mass.
+        start_mass = (edges - mass).gather(1, child_labels)
+        share = ((target - start_mass) / mass.gather(1, child_labels)).clamp_(min=0)
+    else:
+        child_labels = labels
+        share = uniforms["first"].expand(n_rows, n_cells)
+
+    lower, upper = below.gather(1, child_labels), above.gather(1, child_labels)
+    width, last = upper - lower, upper * BELOW_ONE
+
+    def draw(share: torch.Tensor) -> torch.Tensor:
+        # Rounding must not carry a draw over the edge of its class, where weights are 0.
+        return torch.searchsorted(sums, torch.minimum(lower + share * width, last), right=True)
+
+    return draw(share), draw(uniforms["second"].expand(n_rows, n_cells))
+
+
+def _representable(tau: float, like: torch.Tensor) -> float:
+    """Return the nearest temperature above 0 that a tensor's dtype holds."""
+    info = torch.finfo(like.dtype)
+    return min(max(tau, info.tiny), info.max)
+
+
+def cross_over(
+    cells: torch.Tensor,
+    affinity: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    uniforms: torch.Tensor,
+    tau: float,
+    *,
+    crossover: str,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Take each element from the first parent with probability q, else from the second.
+
+    Parameters
+    ----------
+    cells : torch.Tensor of shape (n, n_cells, n_features)
+    affinity : torch.Tensor of shape (n, n_cells)
+    first, second : torch.Tensor of shape (n, n_cells), int64
+    uniforms : torch.Tensor of shape (n_cells, n_features)
+    tau : float
+    crossover : {"affinity", "uniform"}
+        q is the softmax of the two affinities over tau, or a half.
+    out : torch.Tensor of shape (n, n_cells, n_features), default=None
+        Where the result goes.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_cells, n_features)
+    """
+    n_rows, n_cells, n_features = cells.shape
+    if crossover == "affinity":
+        tau = _representable(tau, affinity)
+        # Cells without an affinity are parents only of each other: inf - inf.
+        better = (affinity.gather(1, first) - affinity.gather(1, second)).nan_to_num_(nan=0.0)
+        q = torch.sigmoid(better / tau)
+    else:
+        q = affinity.new_full((n_rows, n_cells), 0.5)
+    offset = torch.arange(n_rows, device=cells.device)[:, None] * n_cells
+    flat = cells.reshape(n_rows * n_cells, n_features)
+
+    def take(parents: torch.Tensor) -> torch.Tensor:
+        return flat.index_select(0, (parents + offset).flatten()).view(cells.shape)
+
+    # 1 where u < q and 0 elsewhere, several times as fast as a mask; and a weight of 0 or 1 gives
+    # exactly the one or the other.
+    from_first = torch.sub(q[..., None], uniforms).ceil_()
+    return torch.lerp(take(second), take(first), from_first, out=out)
+
+
+def replace_non_finite(affinity: torch.Tensor) -> torch.Tensor:
+    """Apply the rule for non-finite affinities: minus infinity for NaN, no plus infinity.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor
+
+    Returns
+    -------
+    torch.Tensor
+    """
+    return affinity.nan_to_num(
+        nan=-torch.inf, posinf=torch.finfo(affinity.dtype).max, neginf=-torch.inf
+    )
+
+
+def mean_affinity(affinity: torch.Tensor) -> torch.Tensor:
+    """Compute the mean affinity of the cells that have one.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+        Minus infinity for a cell without.
+
+    Returns
+    -------
+    torch.Tensor of shape (n,)
+        NaN where no cell has one.
+    """
+    missing = affinity == -torch.inf
+    n_missing = missing.sum(dim=1)
+    # Shares of the mean, since sums may overflow.
+    count = affinity.shape[1] - n_missing
+    shares = affinity.masked_fill(missing, 0).double() / count[:, None]
+    largest = torch.finfo(affinity.dtype).max
+    return shares.sum(dim=1).clamp(-largest, largest).to(affinity)
+
+
+def find_stand_ins(affinity: torch.Tensor) -> torch.Tensor:
+    """Find a cell for each place: itself, or the best one if it has no affinity.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+        Minus infinity for a cell without.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_cells), int64
+    """
+    best = affinity.argmax(dim=1, keepdim=True)
+    own = torch.arange(affinity.shape[1], device=affinity.device)
+    return torch.where(affinity == -torch.inf, best, own)

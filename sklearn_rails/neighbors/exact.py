@@ -1,0 +1,272 @@
+"""Exact search by a matrix product whose rounding error is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .base import ProductAffinity, product_rounding
+from .geometry import Geometry
+from .norms import norm, normalize_rows
+from .search import ClassOrder, Recompute, Search, Take
+from .store import BLOCK_BYTES, ExampleStore
+
+# Size in bytes of the pieces that examples are converted in for a product on a CPU. Pieces of
+# 2 MiB take as long as examples that need no conversion (6,000 x 4,096, one query), pieces of
+# 64 MiB 7 times as long.
+PIECE_BYTES = 2 * 2**20
+
+# Number of candidates beyond n_neighbors in each class that are looked at first, in full and in
+# half precision; where rounding may have moved a neighbour by more places, the number is doubled.
+# With 10 neighbours of 300 queries (digits; 20,000 x 64; 6,000 x 4,096) the most was 2 and 3.
+SLACK, SLACK_FLOAT16 = 6, 24
+
+
+class AllPairsSearch(Search):
+    """Neighbours by the affinities of a query and all examples."""
+
+    def find(self, queries: Tensor, n_neighbors: int, take: Take) -> tuple[Tensor, Tensor]:
+        """Find neighbours, as :meth:`~sklearn_rails.neighbors.search.Search.find` says."""
+        found = []
+        for start, size in zip(self.order.starts.tolist(), self.order.sizes, strict=True):
+            places = torch.arange(start, start + size, device=queries.device)
+            places = pad(places, (0, max(0, n_neighbors - size)), value=-1)
+            # As much memory as a block of scores takes.
+            step = max(1, BLOCK_BYTES // (len(places) * queries.element_size()))
+            parts = [
+                self.rank(q, places.expand(len(q), 1, -1), n_neighbors, take)
+                for q in torch.split(queries, step)
+            ]
+            found.append(concatenate(parts))
+        return concatenate(found, dim=1)
+
+
+class ProductSearch(AllPairsSearch):
+    """Neighbours by exact affinities of the candidates that a matrix product finds.
+
+    Queries for which the product overflows are compared with every example one by one.
+
+    Parameters
+    ----------
+    affinity : ProductAffinity
+    order : ClassOrder
+    store : ExampleStore
+    geometry : Geometry
+    offsets : torch.Tensor of shape (n_samples,)
+        As the affinity's ``offsets`` returns them.
+    """
+
+    DEVICE_TENSORS: ClassVar[tuple[str, ...]] = ("_offsets",)
+
+    affinity: ProductAffinity
+
+    def __init__(
+        self,
+        affinity: ProductAffinity,
+        order: ClassOrder,
+        store: ExampleStore,
+        geometry: Geometry,
+        offsets: Tensor,
+    ) -> None:
+        super().__init__(affinity, order, store, geometry)
+        self._offsets = offsets
+        # The largest norm of an example, relative to the centre.
+        self._reach = geometry.max_norm
+
+    def find(self, queries: Tensor, n_neighbors: int, take: Take) -> tuple[Tensor, Tensor]:
+        """Find neighbours, as :meth:`~sklearn_rails.neighbors.search.Search.find` says."""
+        step = max(1, BLOCK_BYTES // (len(self.store.examples) * queries.element_size()))
+        slack = SLACK_FLOAT16 if self.store.needs_recompute else SLACK
+        return concatenate(
+            [
+                self._find_block(block, n_neighbors, n_neighbors + slack, take)
+                for block in torch.split(queries, step)
+            ]
+        )
+
+    def _find_block(
+        self, queries: Tensor, n_neighbors: int, n_candidates: int, take: Take
+    ) -> tuple[Tensor, Tensor]:
+        moved = self._move_queries(queries)
+        norms = norm(moved)
+        self.affinity.check_queries(self.geometry, norms)
+        top, places = self._find_candidates(moved, n_candidates)
+        # What the error of the scores may have put behind the last neighbour, or before it.
+        last = top[..., n_neighbors - 1 : n_neighbors]
+        overflows = self._find_overflows(norms, top[..., :n_neighbors])
+        if overflows is not None:
+            affinity = queries.new_empty(*top.shape[:2], n_neighbors)
+            ranked = places.new_empty(affinity.shape)
+            affinity[overflows], ranked[overflows] = super().find(
+                queries[overflows], n_neighbors, take
+            )
+            usable = ~overflows
+            if usable.any():
+                affinity[usable], ranked[usable] = self._find_block(
+                    queries[usable], n_neighbors, n_candidates, take
+                )
+            return affinity, ranked
+        bar = last - 2 * self._score_error(moved, norms[:, None, None], last)
+        contends = top >= bar.clamp_(min=torch.finfo(top.dtype).min)
+        n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
+        affinity, ranked = self.rank(queries, places[..., :n_contenders], n_neighbors, take)
+        if n_contenders == n_candidates < max(self.order.sizes):
+            # Something that was left out may stand above the last neighbour.
+            unsure = contends[..., -1].any(dim=1).nonzero()[:, 0]
+            if len(unsure):
+                affinity[unsure], ranked[unsure] = self._find_block(
+                    queries[unsure], n_neighbors, 2 * n_candidates, take
+                )
+        return affinity, ranked
+
+    def _find_candidates(self, moved: Tensor, n_candidates: int) -> tuple[Tensor, Tensor]:
+        """Return the best of each class by their scores, and these."""
+        sizes, best = self.order.sizes, []
+        for members in torch.split(self._scores(moved), sizes, dim=1):
+            k = min(n_candidates, members.shape[1])
+            values, found = members.topk(k, dim=1)
+            if k < n_candidates:
+                values = pad(values, (0, n_candidates - k), value=-torch.inf)
+                found = pad(found, (0, n_candidates - k))
+            best.append((values, found))
+        top, places = (torch.stack(parts, dim=1) for parts in zip(*best, strict=True))
+        places += self.order.starts[:, None]
+        if min(sizes) < n_candidates:
+            limits = torch.tensor(sizes, device=places.device)[:, None]
+            places.masked_fill_(torch.arange(n_candidates, device=places.device) >= limits, -1)
+        return top, places
+
+    def _find_overflows(self, norms: Tensor, top: Tensor) -> Tensor | None:
+        """Check for which queries the scores may have overflowed; None if for none."""
+        limit = torch.finfo(top.dtype).max / 16
+        reach = self._reach + self.geometry.center_norm
+        low, high = torch.aminmax(top)
+        if norms.max().item() * reach < limit and -limit < low.item() and high.item() < limit:
+            return None
+        there = top.masked_fill(top == -torch.inf, 0)
+        overflows = ~((norms * reach < limit) & (there.abs() < limit).all(dim=2).all(dim=1))
+        return overflows if overflows.any() else None
+
+    def _move_queries(self, queries: Tensor) -> Tensor:
+        moved = queries - self.geometry.origin
+        if self.geometry.query_scale != 1:
+            moved.mul_(self.geometry.query_scale)
+        return moved
+
+    def _scores(self, moved: Tensor) -> Tensor:
+        unit, examples = self.geometry.unit, self.store.examples
+        scaled = moved if unit == 1 else moved * unit
+        is_plain = examples.dtype == moved.dtype and examples.device == moved.device
+        if is_plain and product_is_exact(scaled):
+            return torch.addmm(self._offsets, scaled, examples.T)
+        return self._products(scaled).add_(self._offsets)
+
+    def _products(self, queries: Tensor) -> Tensor:
+        """Return products with the examples, in the queries' dtype, whatever theirs is."""
+        exact, examples = product_is_exact(queries), self.store.examples
+        wide = queries if exact else queries.double()
+        if exact and examples.dtype == queries.dtype and examples.device == queries.device:
+            return torch.mm(queries, examples.T)
+        n_bytes = PIECE_BYTES if queries.device.type == "cpu" else BLOCK_BYTES
+        pieces = self.store.pieces(wide, n_bytes)
+        return torch.cat([torch.mm(wide, piece.T).to(queries) for piece in pieces], dim=1)
+
+    def _score_error(self, moved: Tensor, norms: Tensor, scores: Tensor) -> Tensor | float:
+        return self.affinity.score_error(self.geometry, moved, norms, scores)
+
+
+class UnitLengthSearch(ProductSearch):
+    """Neighbours by distance after division by the norms, among examples that are stored whole.
+
+    Parameters
+    ----------
+    plain : ProductSearch
+        By Euclidean distance, in full precision.
+    order : ClassOrder
+    lengths : torch.Tensor of shape (n_samples,)
+        Norms of the examples, infinite for vectors of zeros.
+    """
+
+    DEVICE_TENSORS: ClassVar[tuple[str, ...]] = ("_offsets", "_lengths")
+
+    def __init__(self, plain: ProductSearch, order: ClassOrder, lengths: Tensor) -> None:
+        super().__init__(plain.affinity, order, plain.store, plain.geometry, plain._offsets)
+        self._lengths, self._reach = lengths, 1.0
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Return features divided by their norms.
+
+        Parameters
+        ----------
+        features : torch.Tensor of shape (n, n_features)
+
+        Returns
+        -------
+        torch.Tensor of shape (n, n_features)
+        """
+        return normalize_rows(features)
+
+    def reader(self, like: Tensor, recompute: Recompute | None) -> Take:
+        """Return a function that reads examples, as ``Search.reader`` says."""
+        if recompute is not None:
+            return super().reader(like, recompute)
+        return lambda places: normalize_rows(self.store.take(places, like))
+
+    def _move_queries(self, queries: Tensor) -> Tensor:
+        return queries
+
+    def _scores(self, moved: Tensor) -> Tensor:
+        # (s + shift) q / |x| - 1/2, which is minus half the squared distance but for 1/2.
+        shifted = (moved * self.store.shift).sum(dim=1, keepdim=True)
+        scores = self._products(moved).add_(shifted).div_(self._lengths)
+        return scores.sub_(self._lengths.isfinite().to(scores), alpha=0.5)
+
+    def _score_error(self, moved: Tensor, norms: Tensor, scores: Tensor) -> float:
+        shift = float(norm(self.store.shift))
+        return product_rounding(moved) * (2 + 2 * shift / float(self._lengths.min()))
+
+
+def product_is_exact(tensor: Tensor) -> bool:
+    """Check whether torch's settings leave matrix products the precision of their dtype.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+
+    Returns
+    -------
+    bool
+        False for float32 where ``torch.set_float32_matmul_precision``, or a setting of the
+        device, allows products in bfloat16 or TF32.
+    """
+    if tensor.dtype != torch.float32 or tensor.device.type not in ("cpu", "cuda"):
+        return True
+    backends: Any = torch.backends
+    backend = backends.cuda if tensor.is_cuda else backends.mkldnn
+    # Since torch 2.9; a setting that is not made is that of what it belongs to.
+    owners = (getattr(backend, "matmul", None), backend, backends)
+    settings = [getattr(owner, "fp32_precision", None) for owner in owners]
+    if settings[0] is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    made = [setting for setting in settings if setting not in (None, "none")]
+    return not made or made[0] == "ieee"
+
+
+def concatenate(parts: Sequence[tuple[Tensor, Tensor]], dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Concatenate affinities and places that were found in parts.
+
+    Parameters
+    ----------
+    parts : list of pair of torch.Tensor
+    dim : int, default=0
+
+    Returns
+    -------
+    affinity, places : torch.Tensor
+    """
+    affinity, places = zip(*parts, strict=True)
+    return torch.cat(affinity, dim=dim), torch.cat(places, dim=dim)

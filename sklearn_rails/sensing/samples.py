@@ -1,0 +1,326 @@
+"""What detectors are given: clean samples in fit, and samples to be scored."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import pad
+
+from .._blocks import block_slices
+from .._conformal import sample_rows
+from ..features.mapping import FeatureMap
+from ..neighbors.affinity import norm
+from ..neighbors.index import ClassNeighbors
+from ..neighbors.votes import nearest
+
+# Number of clean samples of which the typical radius and the center of a class are medians.
+TYPICAL_SAMPLES = 256
+
+
+class CleanSamples:
+    """The samples of ``fit``, from which detectors learn.
+
+    The features are stored once, in the index of the neighbours, which is filled in blocks.
+
+    Parameters
+    ----------
+    X : ndarray or torch.Tensor of shape (n, n_features)
+    labels : ndarray of shape (n,)
+        Their classes, as integers from 0.
+    n_classes : int
+    n_neighbors : int
+        Less than n.
+    feature_map : FeatureMap
+
+    Attributes
+    ----------
+    neighbors : dict of str to ClassNeighbors
+        The samples in each layer by class, which all detectors share.
+
+    Raises
+    ------
+    ValueError
+        If a feature is not finite.
+    """
+
+    def __init__(
+        self,
+        X: NDArray[Any] | torch.Tensor,
+        labels: NDArray[np.int64],
+        n_classes: int,
+        n_neighbors: int,
+        feature_map: FeatureMap,
+    ) -> None:
+        self.X = X
+        self.labels = labels
+        self.n_classes = n_classes
+        self.n_neighbors = n_neighbors
+        self.feature_map = feature_map
+        self.neighbors: dict[str, ClassNeighbors] = {
+            layer: ClassNeighbors().start(labels, n_classes) for layer in feature_map.layers
+        }
+        for block in block_slices(len(X), feature_map.row_bytes, feature_map.device):
+            for layer, features in feature_map(X[block]).items():
+                self.neighbors[layer].add(block, features)
+        for neighbors in self.neighbors.values():
+            neighbors.build()
+
+    def examples(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features of all samples in a layer, class after class.
+
+        Parameters
+        ----------
+        layer : str
+
+        Returns
+        -------
+        features : torch.Tensor of shape (n, n_layer_features)
+        index : torch.Tensor of shape (n,), int64
+            Positions of the samples in X.
+        """
+        device = self.feature_map.device
+        return self.neighbors[layer].pooled(device).examples_of(0, device)
+
+    def features_of(self, layer: str, positions: NDArray[np.int64]) -> torch.Tensor:
+        """Return the features of some samples in a layer.
+
+        Parameters
+        ----------
+        layer : str
+        positions : ndarray of shape (m,)
+            Their positions in X.
+
+        Returns
+        -------
+        torch.Tensor of shape (m, n_layer_features)
+        """
+        examples, _ = self.examples(layer)
+        places = self._inverse_order[torch.from_numpy(positions)]
+        return examples[places.to(examples.device)]
+
+    @functools.cached_property
+    def _inverse_order(self) -> torch.Tensor:
+        index = next(iter(self.neighbors.values())).index.cpu()
+        return torch.empty_like(index).scatter_(0, index, torch.arange(len(index)))
+
+    @functools.cached_property
+    def radii(self) -> dict[str, float]:
+        """Median distance of the k-th neighbour in each layer, of samples without themselves."""
+        self_index, radii = self.draw(TYPICAL_SAMPLES), {}
+        for layer, neighbors in self.neighbors.items():
+            features = self.features_of(layer, self_index)
+            pooled = neighbors.pooled(features.device)
+            distance, _ = nearest(pooled, features, self.n_neighbors, self_index)
+            radius = float(distance[:, -1].median())
+            radii[layer] = radius if radius > 0 else 1.0
+        return radii
+
+    @functools.cached_property
+    def centers(self) -> dict[str, torch.Tensor]:
+        """Medians of samples of each class in each layer, (n_classes, n_layer_features)."""
+        centers = {}
+        for layer in self.neighbors:
+            medians: dict[int, torch.Tensor] = {}
+            for c in np.unique(self.labels).tolist():
+                members = np.flatnonzero(self.labels == c)
+                drawn = members[sample_rows(len(members), TYPICAL_SAMPLES, rng=0)]
+                medians[c] = self.features_of(layer, drawn).median(dim=0).values
+            blank = torch.zeros_like(next(iter(medians.values())))
+            centers[layer] = torch.stack([medians.get(c, blank) for c in range(self.n_classes)])
+        return centers
+
+    def draw(self, size: int) -> NDArray[np.int64]:
+        """Draw positions of samples at random, the same each time.
+
+        Parameters
+        ----------
+        size : int
+            Number of positions; all of them if there are not more.
+
+        Returns
+        -------
+        ndarray of shape (min(n, size),), int64
+            In ascending order.
+        """
+        return sample_rows(len(self.X), size, rng=0)
+
+
+class Query:
+    """Samples that are to be scored; what several detectors need of them is computed once.
+
+    Parameters
+    ----------
+    X : ndarray or torch.Tensor of shape (n, n_features)
+    features : dict of str to torch.Tensor of shape (n, n_layer_features)
+    feature_map : FeatureMap
+    self_index : ndarray of shape (n,), default=None
+        The position of each sample among the clean ones, if it is one of them: it is then left
+        out of these.
+    outputs : torch.Tensor of shape (n, n_outputs), default=None
+        The network's outputs, if they are already known.
+    n_classes : int, default=None
+        Number of classes of the clean samples. Labels of the network are clipped to it, since
+        with a single class both labels of a single output are that class.
+
+    Attributes
+    ----------
+    usable : ndarray of shape (n,), bool
+        Whether the features of a sample are finite, and distances from it too. The features of
+        other samples are replaced by zeros.
+    """
+
+    def __init__(
+        self,
+        X: NDArray[Any] | torch.Tensor,
+        features: Mapping[str, torch.Tensor],
+        feature_map: FeatureMap,
+        self_index: NDArray[np.int64] | None = None,
+        *,
+        outputs: torch.Tensor | None = None,
+        n_classes: int | None = None,
+    ) -> None:
+        usable = torch.ones(len(X), dtype=torch.bool)
+        for f in features.values():
+            usable &= (norm(f) < torch.finfo(f.dtype).max / 4).cpu()
+        self.usable = usable.numpy()
+        if not self.usable.all():
+            features = {
+                layer: f.masked_fill(~usable.to(f.device)[:, None], 0)
+                for layer, f in features.items()
+            }
+            if isinstance(X, torch.Tensor):
+                X = X.masked_fill(~usable.to(X.device)[:, None], 0)
+            else:
+                X = np.where(self.usable[:, None], X, X.dtype.type(0))
+        self.X = X
+        self.features = features
+        self.feature_map = feature_map
+        self.self_index = self_index
+        self._n_classes = n_classes
+        self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        if outputs is not None:
+            self.outputs = outputs
+
+    @functools.cached_property
+    def outputs(self) -> torch.Tensor:
+        """The network's outputs, (n, n_outputs)."""
+        return self.feature_map.outputs(self.X, check_finite=False)
+
+    @functools.cached_property
+    def labels(self) -> torch.Tensor:
+        """The labels that the network predicts, (n,); 0 where there is no network."""
+        if not self.feature_map.has_network:
+            return torch.zeros(len(self.X), dtype=torch.int64, device=self.feature_map.device)
+        labels = self.feature_map.label(self.outputs)
+        return labels if self._n_classes is None else labels.clamp(max=self._n_classes - 1)
+
+    def self_index_on(self, device: torch.device) -> torch.Tensor | None:
+        """Return ``self_index`` as a tensor.
+
+        Parameters
+        ----------
+        device : torch.device
+
+        Returns
+        -------
+        torch.Tensor of shape (n,), int64, or None
+        """
+        return None if self.self_index is None else torch.from_numpy(self.self_index).to(device)
+
+    def nearest(
+        self, layer: str, neighbors: ClassNeighbors, n_neighbors: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the nearest clean samples in a layer.
+
+        Parameters
+        ----------
+        layer : str
+        neighbors : ClassNeighbors
+            The clean samples in that layer; those of the first call count.
+        n_neighbors : int
+
+        Returns
+        -------
+        distance, index : torch.Tensor of shape (n, n_neighbors)
+            As :func:`~sklearn_rails.neighbors.votes.nearest` returns them.
+        """
+        if layer not in self._nearest:
+            features = self.features[layer]
+            self._nearest[layer] = nearest(
+                neighbors.pooled(features.device), features, n_neighbors, self.self_index
+            )
+        return self._nearest[layer]
+
+
+class SoftQuery:
+    """Samples whose threat is differentiated by an attack.
+
+    Parameters
+    ----------
+    X : torch.Tensor of shape (n, n_features)
+        On the map's device and in its dtype.
+    feature_map : FeatureMap
+    class_scores : callable, default=None
+        ``class_scores(affinity, layer, features)`` returns a differentiable score (n, n_classes)
+        for how near the clean samples of each class are, higher for nearer, by the affinity that
+        a detector's attribute of this name says. Only needed by such detectors.
+    """
+
+    def __init__(
+        self,
+        X: torch.Tensor,
+        feature_map: FeatureMap,
+        class_scores: Callable[[str, str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.X = X
+        self.feature_map = feature_map
+        self.layers = tuple(feature_map.layers)
+        wanted = self.layers
+        if feature_map.has_network:
+            wanted = (*wanted, feature_map.output)
+        found = feature_map.with_gradient(X, wanted)
+        self.features = {layer: found[layer] for layer in self.layers}
+        self.probabilities = (
+            soft_labels(found[feature_map.output]) if feature_map.has_network else None
+        )
+        self._score_classes = class_scores
+        self._class_scores: dict[tuple[str, str], torch.Tensor] = {}
+
+    def class_scores(self, affinity: str, layer: str) -> torch.Tensor:
+        """Compute how near the clean samples of each class are.
+
+        Parameters
+        ----------
+        affinity : str
+        layer : str
+
+        Returns
+        -------
+        torch.Tensor of shape (n, n_classes)
+            Higher for nearer; computed once.
+        """
+        if self._score_classes is None:
+            raise ValueError(f"A soft threat by {affinity} neighbours needs class_scores.")
+        if (affinity, layer) not in self._class_scores:
+            self._class_scores[affinity, layer] = self._score_classes(
+                affinity, layer, self.features[layer]
+            )
+        return self._class_scores[affinity, layer]
+
+
+def soft_labels(outputs: torch.Tensor) -> torch.Tensor:
+    """Return the probabilities of the classes.
+
+    Parameters
+    ----------
+    outputs : torch.Tensor of shape (n, n_outputs)
+        Logits; a single one is that of the second of two classes.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes)
+    """
+    return (outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))).softmax(dim=1)
