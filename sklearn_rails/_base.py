@@ -1,9 +1,10 @@
 """A network as a parameter: shared checks, and fits that fail without a trace."""
 
 import functools
-import textwrap
 import warnings
+from collections.abc import Callable
 from numbers import Integral
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .features.device import DTYPES
 from .features.frozen import as_module, freeze, is_network
 from .features.mapping import FeatureMap
 from .neighbors import ExactNeighbors
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Sizes of tensors beyond this overflow inside of torch, before memory runs out.
 LARGEST_SIZE = 2**31 - 1
@@ -39,44 +43,6 @@ ALGORITHM_CONSTRAINT = [
     ExactNeighbors,
     HasMethods(["fit", "kneighbors"]),
 ]
-
-# What several estimators say about the same parameters and attributes, see :func:`document`.
-SHARED_DOCUMENTATION = {
-    "feature_extractor": """
-        feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \\
-                TorchFeatureExtractor, default=None
-            The fitted network. None takes the input itself as the only layer.""",
-    "input_shape": """
-        input_shape : tuple of int, default=None
-            Shape of one input, such as ``(1, 28, 28)``, where X has two dimensions. None takes the
-            shape of X.""",
-    "device": """
-        device : str, default="auto"
-            ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there
-            is a GPU, else the CPU.""",
-    "batch_size": """
-        batch_size : int or "auto", default="auto"
-            Number of samples that go through the network together.""",
-    "fitted": """
-        n_features_in_ : int
-            Number of values in one input.
-        feature_names_in_ : ndarray of shape (n_features_in_,)
-            Names of the inputs, where X has them.
-        input_shape_ : tuple of int
-            Shape of one input.
-        layers_ : tuple of str
-            The layers.
-        device_ : torch.device
-            Where the computation runs.
-        feature_map_ : FeatureMap
-            The map from inputs to the layers' features.""",
-    "X": """
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.""",
-    "X_train": """
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Training inputs, finite.""",
-}
 
 # Parameters that decide how predictions are computed, and not what they are. These alone act at
 # once when they are set after fit.
@@ -105,31 +71,33 @@ class NetworkEstimator(BaseEstimator):
     # Name of the parameter that holds the network.
     network_parameter = "feature_extractor"
 
+    _features: FeatureMap
+
     @property
-    def device_(self):
+    def device_(self) -> torch.device:
         """Where the computation runs; an estimator loaded elsewhere may run elsewhere."""
         return self._features.device
 
     @property
-    def feature_map_(self):
+    def feature_map_(self) -> FeatureMap:
         """The map from inputs to the layers' features."""
         return self._features
 
-    def _as_fitted(self):
+    def _as_fitted(self) -> Self:
         return as_fitted(self, consequence=NEIGHBORS_ARE_STALE)
 
-    def _validate(self, X):
+    def _validate(self, X: Any) -> tuple[Self, Any]:
         """Return the estimator as it was fitted, and checked samples."""
         fitted = self._as_fitted()
         return fitted, validate_rows(fitted, X)
 
-    def __sklearn_clone__(self):
+    def __sklearn_clone__(self) -> Self:
         networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
         twin = self._with(dict.fromkeys(networks))
         clone = super(NetworkEstimator, twin).__sklearn_clone__()
         return clone._with(networks)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if state is vars(self):
             state = dict(state)
@@ -139,7 +107,7 @@ class NetworkEstimator(BaseEstimator):
         state["_sklearn_rails_version"] = __version__
         return {**state, **{k: freeze(state[k]) for k in bare}}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         version = state.pop("_sklearn_rails_version", "of an unknown version")
         if version != __version__:
@@ -151,58 +119,29 @@ class NetworkEstimator(BaseEstimator):
         bare = state.pop("_bare_networks", ())
         super().__setstate__({**state, **{k: state[k].module for k in bare}})
 
-    def __repr__(self, N_CHAR_MAX=700):
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
         shown = self._with({k: _Shown(v) for k, v in networks.items()})
         return super(NetworkEstimator, shown).__repr__(N_CHAR_MAX)
 
-    def _with(self, params):
-        """Make a shallow copy with other values for some parameters."""
+    def _with(self, params: dict[str, Any]) -> Self:
+        """Return a shallow copy with other values for some parameters."""
         copy = object.__new__(type(self))
-        vars(copy).update(vars(self), **params)
+        copy.__dict__.update(vars(self), **params)
         return copy
 
 
 class _Shown:
     """Print a network by its class alone."""
 
-    def __init__(self, network):
+    def __init__(self, network: object) -> None:
         self.network = network
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<{type(self.network).__name__}>"
 
 
-def document(cls):
-    """Fill in what several estimators say about the same parameters and attributes.
-
-    Parameters
-    ----------
-    cls : type
-        With lines such as ``%(device)s`` in the docstrings of the class and its methods.
-
-    Returns
-    -------
-    type
-        The class itself.
-    """
-    members = [value for value in vars(cls).values() if callable(value)]
-    for member in (cls, *members):
-        lines = []
-        for line in (member.__doc__ or "").split("\n"):
-            name = line.strip().removeprefix("%(").removesuffix(")s")
-            if line.strip() == f"%({name})s":
-                indent = line[: len(line) - len(line.lstrip())]
-                shared = textwrap.dedent(SHARED_DOCUMENTATION[name]).strip()
-                lines += textwrap.indent(shared, indent).split("\n")
-            else:
-                lines.append(line)
-        if member.__doc__:
-            member.__doc__ = "\n".join(lines)
-    return cls
-
-
-def restore_on_error(method):
+def restore_on_error(method: Callable[P, T]) -> Callable[P, T]:
     """Restore the estimator's attributes and random state if the decorated method raises.
 
     The method works on a shallow copy, whose new attributes the estimator takes over when it is
@@ -220,21 +159,23 @@ def restore_on_error(method):
     """
 
     @functools.wraps(method)
-    def wrapped(self, *args, **kwargs):
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         names = self.get_params(deep=False)
         params = {name: plain_scalar(value) for name, value in names.items()}
         if method.__name__ != "fit":
             params |= getattr(self, "_fitted_params", {})
         work = self._with(params)
         work._original = self
-        rng = params.get("random_state")
-        # Seeds draw nothing from it, and what is no random state at all is named by the method.
-        rng = check_random_state(rng if isinstance(rng, np.random.RandomState) else None)
-        state = rng.get_state(legacy=False)
+        given = params.get("random_state")
+        # Only these are drawn from: a seed makes a generator of its own.
+        draws = given is None or isinstance(given, np.random.RandomState)
+        rng = check_random_state(given) if draws else None
+        state = None if rng is None else rng.get_state(legacy=False)
         try:
             method(work, *args, **kwargs)
         except BaseException:
-            rng.set_state(state)
+            if rng is not None:
+                rng.set_state(state)
             raise
         if method.__name__ == "fit":
             used = set(names) - set(FIT_PARAMETERS) - set(EXECUTION_PARAMETERS)
@@ -246,10 +187,10 @@ def restore_on_error(method):
         vars(self).update(learned)
         return self
 
-    return wrapped
+    return wrapped  # type: ignore[return-value]
 
 
-def as_fitted(estimator, *, consequence=None):
+def as_fitted(estimator: Any, *, consequence: str | None = None) -> Any:
     """Return an estimator as its last fit made it, whatever has been set since.
 
     Parameters
@@ -278,7 +219,7 @@ def as_fitted(estimator, *, consequence=None):
     return estimator._with(estimator._fitted_params | execution)
 
 
-def validate_rows(estimator, X):
+def validate_rows(estimator: Any, X: Any) -> Any:
     """Check samples for a fitted estimator.
 
     Parameters
@@ -306,7 +247,8 @@ def validate_rows(estimator, X):
     features = getattr(estimator, "_features", None)
     takes_integers = features is not None and features.integer_input
     try:
-        rows = validate_flat(estimator, flat, None, reset=False, keep_integers=takes_integers)[0]
+        rows: Any
+        rows, _ = validate_flat(estimator, flat, None, reset=False, keep_integers=takes_integers)
     except ValueError as error:
         raise (ValueError(f"{error}{hint}") if hint else error) from None
     if takes_integers and not (rows == rows.round()).all():
@@ -320,7 +262,7 @@ def validate_rows(estimator, X):
     return rows
 
 
-def feature_map(estimator, network, start_layer=None):
+def feature_map(estimator: Any, network: Any, start_layer: str | None = None) -> FeatureMap:
     """Build the map that an estimator's parameters describe.
 
     Parameters
@@ -357,7 +299,15 @@ def feature_map(estimator, network, start_layer=None):
     )
 
 
-def prepare_fit(estimator, X, y=None, *, network, start_layer=None, with_output=False):
+def prepare_fit(
+    estimator: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    network: Any,
+    start_layer: str | None = None,
+    with_output: bool = False,
+) -> tuple[Any, Any]:
     """Check the data and the network of a fit, and make the map from one to the other.
 
     Sets ``_features``, ``layers_`` and what :func:`validate_fit_rows` sets.
@@ -396,8 +346,8 @@ def prepare_fit(estimator, X, y=None, *, network, start_layer=None, with_output=
     return features.cast(X), y
 
 
-def resolve_from_extractor(estimator, name):
-    """Give an estimator's parameter, or its extractor's where it is left open.
+def resolve_from_extractor(estimator: Any, name: str) -> Any:
+    """Return an estimator's parameter, or its extractor's where it is left open.
 
     Parameters
     ----------
@@ -416,5 +366,5 @@ def resolve_from_extractor(estimator, name):
     return value
 
 
-def _is_extractor(value):
+def _is_extractor(value: object) -> bool:
     return isinstance(value, NetworkEstimator) and value.network_parameter == "module"

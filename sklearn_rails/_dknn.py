@@ -1,16 +1,18 @@
 """The deep k-nearest-neighbours classifier."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 
 from ._base import (
-    LARGEST_SIZE,
+    ALGORITHM_CONSTRAINT,
+    N_JOBS_CONSTRAINT,
     NETWORK_CONSTRAINTS,
     NetworkEstimator,
     prepare_fit,
@@ -18,13 +20,15 @@ from ._base import (
     validate_rows,
 )
 from ._blocks import block_slices, map_blocks
-from ._compat import HasMethods, Interval, StrOptions, fit_context
+from ._compat import Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
+from ._documentation import document
 from ._validation import plain_labels
 from .neighbors import ClassNeighbors
 from .neighbors.votes import neighbor_votes
 
 
+@document
 class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     """Deep k-nearest neighbours: a vote of hidden layers, with its credibility.
 
@@ -34,9 +38,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
 
     Parameters
     ----------
-    feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \
-            TorchFeatureExtractor, default=None
-        The fitted network. None takes the input itself as the only layer.
+    %(feature_extractor)s
     layers : str or sequence of str, default=None
         Layers that vote, as in ``module.named_modules()``. None takes the extractor's own layers,
         else the network's output.
@@ -59,16 +61,12 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         How neighbours are found: an exact matrix product on the device, scikit-learn's
         :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with ``kneighbors``, which is
         cloned for every layer.
-    input_shape : tuple of int, default=None
-        Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
-        shape.
-    device : str, default="auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there is a
-        GPU, else the CPU.
+    %(input_shape)s
+    %(device)s
     dtype : {"float32", "float64"}, default="float32"
         Precision of the network and the features.
-    batch_size : int or "auto", default="auto"
-        Rows that go through the network together.
+    %(batch_size)s
+
     n_jobs : int, default=None
         Threads for ``algorithm`` other than ``"auto"``.
     random_state : int, RandomState or None, default=None
@@ -78,20 +76,11 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     ----------
     classes_ : ndarray of shape (n_classes,)
         The class labels.
-    n_features_in_ : int
-        Number of values in one input.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the inputs, when X has them.
-    input_shape_ : tuple of int
-        Shape of one input.
-    layers_ : tuple of str
-        The layers.
+    %(fitted)s
     n_neighbors_ : int
         Neighbours in each layer.
     n_calibration_ : int
         Number of calibration samples.
-    device_ : torch.device
-        Where the computation runs.
 
     See Also
     --------
@@ -147,30 +136,27 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             list,
         ],
         "p_value": [StrOptions({"conformal", "empirical"})],
-        "algorithm": [
-            StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
-            HasMethods(["fit", "kneighbors"]),
-        ],
-        "n_jobs": [None, Interval(Integral, -LARGEST_SIZE, LARGEST_SIZE, closed="both")],
+        "algorithm": ALGORITHM_CONSTRAINT,
+        "n_jobs": N_JOBS_CONSTRAINT,
         "random_state": ["random_state"],
     }
 
     def __init__(
         self,
-        feature_extractor=None,
+        feature_extractor: object = None,
         *,
-        layers=None,
-        n_neighbors=75,
-        calibration=0.1,
-        p_value="conformal",
-        algorithm="auto",
-        input_shape=None,
-        device="auto",
-        dtype="float32",
-        batch_size="auto",
-        n_jobs=None,
-        random_state=None,
-    ):
+        layers: str | Sequence[str] | None = None,
+        n_neighbors: int = 75,
+        calibration: float | str | tuple[Any, Any] = 0.1,
+        p_value: str = "conformal",
+        algorithm: object = "auto",
+        input_shape: tuple[int, ...] | None = None,
+        device: str | torch.device = "auto",
+        dtype: str = "float32",
+        batch_size: int | str = "auto",
+        n_jobs: int | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
         self.feature_extractor = feature_extractor
         self.layers = layers
         self.n_neighbors = n_neighbors
@@ -191,8 +177,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Training inputs, finite.
+        %(X_train)s
         y : array-like of shape (n,)
             Their classes.
 
@@ -208,48 +193,47 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             the device is not there, or no row is left to calibrate with. The estimator is then as
             it was before.
         """
-        X, y = prepare_fit(self, X, y, network=self.feature_extractor)
-        self.classes_, y = np.unique(y, return_inverse=True)
-        rows, own = np.arange(len(y)), None
+        samples, labels = prepare_fit(self, X, y, network=self.feature_extractor)
+        self.classes_, labels = np.unique(labels, return_inverse=True)
+        train, self_index = np.arange(len(labels)), None
         if isinstance(self.calibration, tuple | list):
-            X_calibration, y_calibration = self._check_calibration()
-        elif len(y) < 2:
+            X_calibration, y_calibration = self._check_calibration(self.calibration)
+        elif len(labels) < 2:
             raise ValueError(
                 f"calibration={self.calibration!r} needs 2 training samples or more, got "
                 "n_samples=1."
             )
         elif self.calibration == "leave-one-out":
-            X_calibration, y_calibration, own = X, y, rows
+            X_calibration, y_calibration, self_index = samples, labels, train
         else:
-            held_out = self._hold_out(len(y))
-            X_calibration, y_calibration = X[held_out], y[held_out]
-            rows = np.setdiff1d(rows, held_out)
-        self._labels = y[rows]
-        n_others = len(rows) if own is None else len(rows) - 1
+            held_out = self._hold_out(len(labels), float(self.calibration))
+            X_calibration, y_calibration = samples[held_out], labels[held_out]
+            train = np.setdiff1d(train, held_out)
+        self._labels = labels[train]
+        n_others = len(train) if self_index is None else len(train) - 1
         self.n_neighbors_ = min(int(self.n_neighbors), n_others)
-        one_class = np.zeros(len(rows), dtype=np.int64)
+        one_class = np.zeros(len(train), dtype=np.int64)
         self._neighbors = {
             layer: ClassNeighbors("euclidean", self.algorithm, self.n_jobs).start(one_class, 1)
             for layer in self.layers_
         }
-        for block in block_slices(len(rows), self._features.row_bytes, self._features.device):
-            for layer, features in self._features(X[rows[block]]).items():
+        for block in block_slices(len(train), self._features.row_bytes, self._features.device):
+            for layer, features in self._features(samples[train[block]]).items():
                 self._neighbors[layer].add(block, features)
         for neighbors in self._neighbors.values():
             neighbors.build()
-        nonconformity = self._nonconformities(X_calibration, own)
+        nonconformity = self._nonconformities(X_calibration, self_index)
         self._calibration = np.sort(nonconformity[np.arange(len(nonconformity)), y_calibration])
         self.n_calibration_ = len(self._calibration)
-        self._features.learn_range(X)
+        self._features.learn_range(samples)
         return self
 
-    def predict(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
+    def predict(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Predict the classes of highest p-value; ties go by votes, then by distance.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
@@ -259,13 +243,12 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         proba = self.predict_proba(X)
         return self.classes_[proba.argmax(axis=1)]
 
-    def predict_proba(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
+    def predict_proba(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Give the classes' shares of the neighbours, ties broken by distance.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
@@ -278,13 +261,12 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         scores = votes + tie_break / 2
         return scores / scores.sum(axis=1, keepdims=True)
 
-    def p_values(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
+    def p_values(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Give each class's p-value.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
@@ -298,13 +280,12 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             nonconformity, fitted._calibration, count_own=fitted.p_value == "conformal"
         )
 
-    def credibility(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
+    def credibility(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Give the largest p-value: how well the training data support any answer.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
@@ -313,13 +294,12 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         """
         return self.p_values(X).max(axis=1)
 
-    def confidence(self, X: ArrayLike | torch.Tensor) -> np.ndarray:
+    def confidence(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Give 1 minus the second largest p-value: how far all other answers are ruled out.
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
@@ -329,14 +309,14 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
 
-    def _vote(self, X, self_index=None):
-        """Count the neighbours of each class, and say how close the nearest of them is.
+    def _vote(self, X: Any, self_index: NDArray[Any] | None = None) -> list[NDArray[Any]]:
+        """Count the neighbours of each class, and measure how close the nearest of them is.
 
         Parameters
         ----------
         X : ndarray or torch.Tensor of shape (n, n_features)
         self_index : ndarray of shape (n,), default=None
-            Each sample's index among the training rows, if it is one of them.
+            Each sample's index among the training samples, if it is one of them.
 
         Returns
         -------
@@ -344,7 +324,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             Closeness is in [0, 1): 0 where a class is not among the neighbours.
         """
 
-        def vote(block):
+        def vote(block: slice) -> tuple[NDArray[Any], NDArray[Any]]:
             return neighbor_votes(
                 self._features(X[block]),
                 self._neighbors,
@@ -356,22 +336,20 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
 
         return map_blocks(vote, len(X), self._features.row_bytes, self._features.device)
 
-    def _nonconformities(self, X, self_index=None):
+    def _nonconformities(self, X: Any, self_index: NDArray[Any] | None = None) -> NDArray[Any]:
         votes, _ = self._vote(X, self_index)
         return len(self.layers_) * self.n_neighbors_ - votes
 
-    def _hold_out(self, n_samples):
+    def _hold_out(self, n_samples: int, share: float) -> NDArray[np.int64]:
         """Draw the calibration samples whatever their class, so that new ones are like them."""
-        n_held_out = round(float(self.calibration) * n_samples)
+        n_held_out = round(share * n_samples)
         n_held_out = min(max(1, n_held_out), n_samples - 1)
         return sample_rows(n_samples, n_held_out, check_random_state(self.random_state))
 
-    def _check_calibration(self):
-        if len(self.calibration) != 2:
-            raise ValueError(
-                f"calibration must be a pair (X_cal, y_cal), got {len(self.calibration)} items."
-            )
-        X, y = self.calibration
+    def _check_calibration(self, pair: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
+        if len(pair) != 2:
+            raise ValueError(f"calibration must be a pair (X_cal, y_cal), got {len(pair)} items.")
+        X, y = pair
         try:
             X = validate_rows(self, X)
         except (TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Named layers of a fitted network as features."""
 
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from ._base import (
     validate_rows,
 )
 from ._compat import fit_context
+from ._documentation import document
 
 
+@document
 class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, NetworkEstimator):
     """Layers of a fitted network as a transformer.
 
@@ -32,29 +35,15 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, N
     layers : str or sequence of str, default=None
         Names of layers, as in ``module.named_modules()``. ``"input"`` and ``"output"`` stand for
         the network's own, and None for its output.
-    input_shape : tuple of int, default=None
-        Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
-        shape.
-    device : str, default="auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``. ``"auto"`` is CUDA where there is a
-        GPU, else the CPU.
+    %(input_shape)s
+    %(device)s
     dtype : {"float32", "float64"}, default="float32"
         Precision of inputs, parameters and features.
-    batch_size : int or "auto", default="auto"
-        Rows that go through the network together.
+    %(batch_size)s
 
     Attributes
     ----------
-    n_features_in_ : int
-        Number of values in one input.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the inputs, when X has them.
-    input_shape_ : tuple of int
-        Shape of one input.
-    layers_ : tuple of str
-        The layers, in the order of their columns.
-    device_ : torch.device
-        Where the network runs.
+    %(fitted)s
 
     See Also
     --------
@@ -81,14 +70,14 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, N
 
     def __init__(
         self,
-        module=None,
+        module: object = None,
         *,
-        layers=None,
-        input_shape=None,
-        device="auto",
-        dtype="float32",
-        batch_size="auto",
-    ):
+        layers: str | Sequence[str] | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        device: str | torch.device = "auto",
+        dtype: str = "float32",
+        batch_size: int | str = "auto",
+    ) -> None:
         self.module = module
         self.layers = layers
         self.input_shape = input_shape
@@ -147,7 +136,7 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, N
         features = torch.cat(list(fitted._features(rows).values()), dim=1)
         return features if isinstance(X, torch.Tensor) else features.cpu().numpy()
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.requires_fit = False
         tags.transformer_tags.preserves_dtype = []  # `dtype` decides

@@ -16,12 +16,12 @@ from ._base import (
     N_JOBS_CONSTRAINT,
     NETWORK_CONSTRAINTS,
     NetworkEstimator,
-    document,
     prepare_fit,
     restore_on_error,
     validate_rows,
 )
 from ._compat import HasMethods, Interval, StrOptions, fit_context
+from ._documentation import document
 from ._validation import check_known_labels, validate_labels
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
 from .immune.consensus import normalize_votes, top_count
@@ -198,6 +198,10 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         "verbose": ["verbose"],
     }
 
+    engine_: ImmuneEngine
+    _labels: NDArray[np.int64]
+    _rows: Any
+
     def __init__(
         self,
         feature_extractor: object = None,
@@ -290,7 +294,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             start_layer=self.start_layer,
             with_output=getattr(self.gate, "needs_network", False),
         )
-        named = vars(self).pop("_named_classes", None)  # by partial_fit
+        named = self.__dict__.pop("_named_classes", None)  # by partial_fit
         self._classes_are_named = named is not None
         self.classes_ = np.unique(labels if named is None else named)
         check_known_labels(labels, self.classes_, "classes")
@@ -570,7 +574,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         # What may still fail must not cost the old index, but two do not fit into memory.
         if hasattr(self._original, "engine_"):
             self._original.engine_ = self._original.engine_.on_disk()
-            vars(self).pop("engine_", None)
+            self.__dict__.pop("engine_", None)
         self._features.learn_range(X)
         self._labels = np.searchsorted(self.classes_, y)
         self._rows = None if self.start_layer is None else X  # else the samples are the cells
@@ -602,7 +606,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         self.tau_ = {layer.name: layer.tau for layer in self.engine_.layers}
         sizes = self.engine_.layers[0].neighbors.n_samples_
         self.n_neighbors_ = np.array([min(self.n_neighbors, n) for n in sizes])
-        vars(self).pop("threat_scorer_", None)
+        self.__dict__.pop("threat_scorer_", None)
         if self.threat_scorer is not None:
             self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
 

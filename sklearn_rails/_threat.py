@@ -25,6 +25,7 @@ from ._conformal import (
     sample_rows,
     warn_of_few_rows,
 )
+from ._documentation import document
 from .sensing import DETECTORS, CleanSamples, Evidence, any_needs_outputs, score_clean, score_new
 
 # Maximum number of calibration samples: enough for a false-alarm rate of 5 % to be met within a
@@ -38,6 +39,7 @@ MAX_CALIBRATION_SAMPLES = 5000
 MAX_NEIGHBOR_SHARE = 0.25
 
 
+@document
 class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     """Score how suspect a sample is, learned from clean data alone.
 
@@ -48,9 +50,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
 
     Parameters
     ----------
-    feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \
-            TorchFeatureExtractor, default=None
-        The fitted network. None takes the input itself as the only layer.
+    %(feature_extractor)s
     layers : str or sequence of str, default=None
         Layers that are looked at, as in ``module.named_modules()``. None takes the extractor's own
         layers, else the network's output.
@@ -80,16 +80,12 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     n_neighbors : int, default=50
         Number of neighbours in each layer (k). Clipped to a quarter of the training samples, but
         not below 2 if there are 3 samples or more, so that the false-alarm rate holds: see Notes.
-    input_shape : tuple of int, default=None
-        Shape of one input, such as ``(1, 28, 28)``, when X has two dimensions. None takes X's own
-        shape.
-    device : str, default="auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there is a
-        GPU, else the CPU.
+    %(input_shape)s
+    %(device)s
     dtype : {"float32", "float64"}, default="float32"
         Precision of the network and the features.
-    batch_size : int or "auto", default="auto"
-        Rows that go through the network together.
+    %(batch_size)s
+
     random_state : int, RandomState or None, default=None
         Sets which samples calibrate, if there are more than 5,000, and how they are divided if
         several scores are combined.
@@ -102,20 +98,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         The methods, in the order of the columns of ``transform``.
     detectors_ : dict of str to Detector
         The fitted detector of each method.
-    n_features_in_ : int
-        Number of values in one input.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the inputs, when X has them.
-    input_shape_ : tuple of int
-        Shape of one input.
-    layers_ : tuple of str
-        The layers.
+    %(fitted)s
     n_neighbors_ : int
         Neighbours in each layer.
     n_calibration_ : int
         Number of clean samples that set the threshold.
-    device_ : torch.device
-        Where the computation runs.
 
     See Also
     --------

@@ -26,7 +26,7 @@ _BLOBS: MutableMapping[nn.Module, tuple[BlobKey, NDArray[np.uint8]]]
 _BLOBS = weakref.WeakKeyDictionary()
 
 
-class _NetworkPickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _NetworkPickler(cloudpickle.Pickler):
     """Pickle what torch refuses to pickle as it is: parametrized, compiled and scripted modules.
 
     cloudpickle, so that a class written in a notebook reaches the workers of a search.
@@ -58,7 +58,7 @@ def _same(obj: object) -> object:
 
 
 def _load_script(data: bytes) -> Any:
-    return torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
+    return torch.jit.load(io.BytesIO(data), map_location="cpu")
 
 
 def _restore_parametrized(module: Any, state: tuple[dict[str, Any], dict[str, nn.Module]]) -> None:

@@ -292,7 +292,7 @@ class ImmuneEngine:
             bred = screening.bred.cpu().numpy()[:, None]
             kept = self._combine(screening.votes, screening.ties)
             whole[0] = np.where(bred, whole[0], kept)
-            return [*whole, screening.p_values] if has_p_values else whole
+            return whole if screening.p_values is None else [*whole, screening.p_values]
 
         scores, *arrays = self._map(respond, len(X), n_jobs, verbose)
         fields: dict[str, Any] = {field: {} for field in LAYER_FIELDS}
@@ -308,7 +308,9 @@ class ImmuneEngine:
             **fields,
         )
 
-    def kneighbors(self, X: NDArray[Any] | torch.Tensor) -> list[Flock]:
+    def kneighbors(
+        self, X: NDArray[Any] | torch.Tensor
+    ) -> list[tuple[NDArray[Any], NDArray[np.int64]]]:
         """Find the flocked neighbours, as arrays on the host.
 
         Parameters

@@ -321,6 +321,7 @@ class ResponseLayer:
         rows = torch.arange(len(flock.antigens), device=flock.antigens.device)[:, None]
         for kind, size in (("plasma", self.schedule.n_plasma), ("memory", self.schedule.n_memory)):
             best = response.ranking[:, :size]
+            assert population.cells is not None
             cells = population.cells[rows, best].unflatten(2, self.features.cell_shape)
             arrays[kind] = cells.cpu().numpy()
             arrays[f"{kind}_labels"] = classes[population.labels.gather(1, best).cpu().numpy()]

@@ -130,8 +130,9 @@ def mature(
 
     rows = torch.arange(n_rows, device=cells.device)
     labels = labels.expand(n_rows, n_cells)
-    affinity, leader = None, torch.full_like(rows, -1)
-    children, cells = cells, None
+    affinity = final_affinity
+    leader = torch.full_like(rows, -1)
+    children, parents = cells, cells[:0]
     for generation in range(n_points):
         uniforms = stream.draw(generation, children)
         if generation > 0:
@@ -139,14 +140,15 @@ def mature(
                 affinity, labels, uniforms, tau, n_classes=n_classes, selection=schedule.selection
             )
             labels = labels.gather(1, first)
-            cells, children = children, torch.empty_like(children) if cells is None else cells
+            spare = torch.empty_like(children) if generation == 1 else parents
+            parents, children = children, spare
         measured = []
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             bred = children[part]
             if generation > 0:
                 cross_over(
-                    cells[part],
+                    parents[part],
                     affinity[part],
                     first[part],
                     second[part],
@@ -182,16 +184,16 @@ def mature(
         source = find_stand_ins(final)
         final_affinity.index_copy_(0, left, final.gather(1, source))
         final_labels.index_copy_(0, left, labels.index_select(0, leaving).gather(1, source))
-        if keep_cells:
+        if final_cells is not None:
             places = (leaving[:, None] * n_cells + source).flatten()
-            part = children.flatten(0, 1).index_select(0, places)
-            final_cells.index_copy_(0, left, part.view(len(leaving), n_cells, -1))
+            kept = children.flatten(0, 1).index_select(0, places)
+            final_cells.index_copy_(0, left, kept.view(len(leaving), n_cells, -1))
         if staying is None or len(staying) == 0:
             break
         rows, leader = rows.index_select(0, staying), leader.index_select(0, staying)
         affinity, labels = affinity.index_select(0, staying), labels.index_select(0, staying)
         children = children.index_select(0, staying)
-        cells = None if cells is None else cells[: len(staying)]
+        parents = parents[: len(staying)]
     return Population(
         final_cells, final_labels, final_affinity, affinity_curve, class_curve, n_generations
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 # Times this, a number in double precision is the next smaller one, or the one after that.
@@ -33,9 +32,9 @@ class Domain:
         The bounds that cells are clipped to.
     """
 
-    unit: NDArray[Any] | torch.Tensor | float
-    low: NDArray[Any] | torch.Tensor | float | None
-    high: NDArray[Any] | torch.Tensor | float | None
+    unit: Any
+    low: Any
+    high: Any
 
     def on(self, cells: torch.Tensor) -> "Domain":
         """Return the domain as tensors on the device of some cells.
@@ -48,14 +47,13 @@ class Domain:
         -------
         Domain
         """
-        return Domain(
-            *(
-                torch.as_tensor(v, device=cells.device, dtype=cells.dtype)
-                if isinstance(v, np.ndarray)
-                else v
-                for v in (self.unit, self.low, self.high)
-            )
-        )
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, np.ndarray):
+                return value
+            return torch.as_tensor(value, device=cells.device, dtype=cells.dtype)
+
+        return Domain(move(self.unit), move(self.low), move(self.high))
 
 
 def find_domain(cells: torch.Tensor, clip: object) -> Domain:

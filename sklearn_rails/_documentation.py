@@ -1,0 +1,72 @@
+"""What several estimators say about the same parameters and attributes, said once."""
+
+import textwrap
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SHARED_DOCUMENTATION = {
+    "feature_extractor": """
+        feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \\
+                TorchFeatureExtractor, default=None
+            The fitted network. None takes the input itself as the only layer.""",
+    "input_shape": """
+        input_shape : tuple of int, default=None
+            Shape of one input, such as ``(1, 28, 28)``, where X has two dimensions. None takes the
+            shape of X.""",
+    "device": """
+        device : str, default="auto"
+            ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there
+            is a GPU, else the CPU.""",
+    "batch_size": """
+        batch_size : int or "auto", default="auto"
+            Number of samples that go through the network together.""",
+    "fitted": """
+        n_features_in_ : int
+            Number of values in one input.
+        feature_names_in_ : ndarray of shape (n_features_in_,)
+            Names of the inputs, where X has them.
+        input_shape_ : tuple of int
+            Shape of one input.
+        layers_ : tuple of str
+            The layers.
+        device_ : torch.device
+            Where the computation runs.
+        feature_map_ : FeatureMap
+            The map from inputs to the layers' features.""",
+    "X": """
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.""",
+    "X_train": """
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Training inputs, finite.""",
+}
+
+
+def document(cls: type[T]) -> type[T]:
+    """Fill in what several estimators say about the same parameters and attributes.
+
+    Parameters
+    ----------
+    cls : type
+        With lines such as ``%(device)s`` in the docstrings of the class and its methods.
+
+    Returns
+    -------
+    type
+        The class itself.
+    """
+    members = [value for value in vars(cls).values() if callable(value)]
+    for member in (cls, *members):
+        lines = []
+        for line in (member.__doc__ or "").split("\n"):
+            name = line.strip().removeprefix("%(").removesuffix(")s")
+            if line.strip() == f"%({name})s":
+                indent = line[: len(line) - len(line.lstrip())]
+                shared = textwrap.dedent(SHARED_DOCUMENTATION[name]).strip()
+                lines += textwrap.indent(shared, indent).split("\n")
+            else:
+                lines.append(line)
+        if member.__doc__:
+            member.__doc__ = "\n".join(lines)
+    return cls
