@@ -133,7 +133,7 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, N
             return type(self)(**self.get_params(deep=False)).fit(X).transform(X)
         fitted = as_fitted(self)
         rows = validate_rows(fitted, X)
-        features = torch.cat(list(fitted._features(rows).values()), dim=1)
+        features = torch.cat(list(fitted.feature_map_(rows).values()), dim=1)
         return features if isinstance(X, torch.Tensor) else features.cpu().numpy()
 
     def __sklearn_tags__(self) -> Any:

@@ -24,8 +24,9 @@ from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._documentation import document
 from ._validation import check_known_labels, validate_labels
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
+from .immune.alarms import check_alarms, check_threat_scores
+from .immune.build import build_engine
 from .immune.consensus import normalize_votes, top_count
-from .immune.gates import check_alarms, check_threat_scores
 from .immune.maturation import Schedule
 from .immune.memory import select_memories
 from .immune.random import Mutation, draw_seed
@@ -455,7 +456,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             Predictions, plasma and memory cells, curves over the generations, and the threat.
         """
         fitted, rows = self._validate(X)
-        threat, alarms = fitted._ask_scorer(X, len(rows), with_scores=True)
+        threat, alarms = fitted._ask_scorer(X, len(rows))
         return fitted.engine_.respond(
             rows,
             self.classes_,
@@ -578,7 +579,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         self._features.learn_range(X)
         self._labels = np.searchsorted(self.classes_, y)
         self._rows = None if self.start_layer is None else X  # else the samples are the cells
-        self.engine_ = ImmuneEngine.build(
+        self.engine_ = build_engine(
             self._features,
             X,
             self._labels,
@@ -612,28 +613,26 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
 
     def _scores(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         fitted, rows = self._validate(X)
-        _, alarms = fitted._ask_scorer(X, len(rows), with_scores=False)
+        alarms = None
+        if getattr(fitted.engine_.gate, "needs_alarms", False):
+            alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
         return fitted.engine_.scores(
             rows, alarms=alarms, n_jobs=fitted.n_jobs, verbose=fitted.verbose
         )
 
     def _ask_scorer(
-        self, X: ArrayLike | torch.Tensor, n_samples: int, *, with_scores: bool
+        self, X: ArrayLike | torch.Tensor, n_samples: int
     ) -> tuple[NDArray[np.float64] | None, NDArray[np.bool_] | None]:
-        """Return the threat scores and the alarms, each where it is needed."""
+        """Return the threat scores, and the alarms where the gate needs them."""
         scorer = getattr(self, "threat_scorer_", None)
-        needs_alarms = getattr(self.engine_.gate, "needs_alarms", False)
-        if scorer is None or not (with_scores or needs_alarms):
+        if scorer is None:
             return None, None
-        if not with_scores:
-            return None, check_alarms(scorer.predict(X), n_samples)
         scores = check_threat_scores(scorer.score_samples(X), n_samples)
-        alarms = None
-        if needs_alarms and hasattr(scorer, "offset_"):
-            alarms = scores - scorer.offset_ < 0  # as predict does, without asking again
-        elif needs_alarms:
-            alarms = check_alarms(scorer.predict(X), n_samples)
-        return -scores, alarms
+        if not getattr(self.engine_.gate, "needs_alarms", False):
+            return -scores, None
+        if hasattr(scorer, "offset_"):  # as predict does, without asking again
+            return -scores, scores - scorer.offset_ < 0
+        return -scores, check_alarms(scorer.predict(X), n_samples)
 
 
 def _hold_strings(labels: NDArray[Any]) -> bool:

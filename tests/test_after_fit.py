@@ -21,7 +21,7 @@ from sklearn_rails import (
     ThreatScorer,
     TorchFeatureExtractor,
 )
-from sklearn_rails.immune import Arbitration, engine
+from sklearn_rails.immune import Arbitration, build
 
 CHEAP = {"population_size": 20, "generations": 1, "n_neighbors": 3}
 
@@ -276,7 +276,7 @@ def test_a_refit_does_not_hold_two_indexes_and_a_failed_one_keeps_the_old(task, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_scale_tau", fail)
+        patch.setattr(build, "_scale_tau", fail)
         with pytest.raises(KeyboardInterrupt):
             getattr(rails, again)(X, y)
     assert alive == [False]

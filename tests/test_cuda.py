@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails.features import follow, mapping
 from sklearn_rails.immune import Arbitration
+from sklearn_rails.immune.domain import Domain
 from sklearn_rails.immune.maturation import Schedule, mature
-from sklearn_rails.immune.operators import Domain
 from sklearn_rails.immune.random import Mutation, RandomStream
 from sklearn_rails.neighbors import resolve_affinity
 from sklearn_rails.sensing import DETECTORS

@@ -22,6 +22,7 @@ from torch import nn
 
 from sklearn_rails import FrozenModule, RAILSClassifier, ThreatScorer, TorchFeatureExtractor
 from sklearn_rails.features.layouts import Layouts
+from sklearn_rails.neighbors import AFFINITIES, Affinity
 
 IMAGE = (1, 8, 8)
 CHEAP = {"population_size": 40, "generations": 2, "random_state": 0, "device": "cpu"}
@@ -433,3 +434,21 @@ def test_a_temperature_that_is_given_counts_in_every_layer_as_a_float(conv_net, 
     X, y, _, _ = split
     rails = RAILSClassifier(conv_net, layers=["conv1", "conv2"], input_shape=IMAGE, tau=2)
     assert repr(rails.fit(X, y).tau_) == "{'conv1': 2.0, 'conv2': 2.0}"
+
+
+class Manhattan(Affinity):
+    """Minus the sum of absolute differences."""
+
+    def __call__(self, antigens, features, *, overwrite_features=False):
+        return -(features - antigens[:, None]).abs().sum(dim=2)
+
+
+def test_an_affinity_of_your_own_needs_a_class_and_a_line_in_the_table(split, monkeypatch):
+    X, y, new, y_new = split
+    monkeypatch.setitem(AFFINITIES, "manhattan", Manhattan)
+    rails = RAILSClassifier(affinity="manhattan", random_state=0).fit(X, y)
+    distances, indices = rails.kneighbors(new[:5])
+    expected = np.abs(X - new[:5, None]).sum(axis=2)
+    for row, (near, found) in enumerate(zip(distances["input"], indices["input"], strict=True)):
+        assert_allclose(near, expected[row][found], rtol=1e-5)
+    assert rails.score(new, y_new) > 0.9

@@ -12,7 +12,7 @@ from sklearn.ensemble import IsolationForest
 from sklearn_rails import RAILSClassifier, ThreatScorer
 from sklearn_rails.demo import pgd
 from sklearn_rails.immune import Triage, layer
-from sklearn_rails.immune.gates import check_threat_scores
+from sklearn_rails.immune.alarms import check_threat_scores
 
 CHEAP = {"layers": ["conv1", "conv2"], "population_size": 40, "generations": 2, "random_state": 0}
 

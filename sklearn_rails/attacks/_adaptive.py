@@ -18,7 +18,7 @@ from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from ..features.device import RandomStateGuard
-from ..immune.operators import find_domain
+from ..immune.domain import find_domain
 from ..metrics._arrays import check_labels
 from ..neighbors import ClassNeighbors
 from ._views import NeighborsView, PopulationsView, ThreatView, soft_class_scores

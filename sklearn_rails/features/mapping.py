@@ -1,5 +1,6 @@
 """The maps f_l from samples to layers' features, as a fitted estimator keeps them."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -126,7 +127,7 @@ class FeatureMap:
         """The name of the network's own output."""
         return self._followed.network.output
 
-    @property
+    @functools.cached_property
     def row_bytes(self) -> int:
         """Size of the features of one sample, in bytes; known after :meth:`probe`."""
         return self.n_features_out * self.dtype.itemsize

@@ -39,27 +39,6 @@ def rank_by_affinity(affinity: torch.Tensor, n_fittest: int) -> torch.Tensor:
     return affinity.sort(dim=1, descending=True, stable=True).indices[:, :n_fittest]
 
 
-def unanimous_class(affinity: torch.Tensor, labels: torch.Tensor, n_plasma: int) -> torch.Tensor:
-    """Find the class that all of a population's plasma is of.
-
-    Parameters
-    ----------
-    affinity : torch.Tensor of shape (n, n_cells)
-        Cells without an affinity, minus infinity, have no say.
-    labels : torch.Tensor of shape (n, n_cells), int64
-    n_plasma : int
-
-    Returns
-    -------
-    torch.Tensor of shape (n,), int64
-        The class, or -1 where the plasma is divided or no cell has an affinity.
-    """
-    ranking = affinity.sort(dim=1, descending=True, stable=True)
-    plasma, silent = labels.gather(1, ranking.indices[:, :n_plasma]), ranking.values == -torch.inf
-    agree = ((plasma == plasma[:, :1]) | silent[:, :n_plasma]).all(dim=1)
-    return torch.where(agree, plasma[:, 0], -1).masked_fill_(silent[:, 0], -1)
-
-
 def count_votes(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     """Count each class's votes.
 

@@ -1,7 +1,8 @@
-"""The engine that ``fit`` builds and ``predict`` runs."""
+"""The engine that ``predict`` runs."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,26 +15,16 @@ from numpy.typing import NDArray
 
 from .._blocks import (
     Progress,
-    block_slices,
     halve_until_it_fits,
     map_blocks,
     memory_budget,
 )
-from .._conformal import sample_rows
 from ..features import FeatureMap
-from ..neighbors import ClassNeighbors, resolve_affinity
-from ..neighbors.leave_one_out import scale_of_affinity
 from .consensus import normalize_votes
 from .gates import Screening
-from .layer import CellBank, Flock, ResponseLayer
-from .maturation import Schedule
+from .layer import Flock, ResponseLayer
 from .memory import MemoryBank
-from .operators import find_domain
-from .random import Mutation, RandomStream
 from .response import LAYER_FIELDS, ImmuneResponse
-
-# Number of training samples by which tau="scale" is set.
-TAU_SAMPLES = 256
 
 # Arrays of the populations' size that a generation holds at a time.
 POPULATIONS_HELD = 6
@@ -74,96 +65,6 @@ class ImmuneEngine:
     layers: tuple[ResponseLayer, ...]
     gate: Any = None
 
-    @classmethod
-    def build(
-        cls,
-        features: FeatureMap,
-        X: NDArray[Any] | torch.Tensor,
-        y: NDArray[np.int64],
-        *,
-        n_classes: int,
-        n_neighbors: int,
-        schedule: Schedule,
-        mutation: Mutation,
-        tau: float | str,
-        clip: object,
-        affinity: Any,
-        algorithm: Any,
-        memory_capacity: int,
-        gate: Any,
-        seed: int,
-        n_jobs: int | None,
-    ) -> ImmuneEngine:
-        """Index training samples, resolve ``tau`` and ``clip``, and calibrate the gate.
-
-        Parameters
-        ----------
-        features : FeatureMap
-            The map from samples to layers' features.
-        X : ndarray or torch.Tensor of shape (n, n_features)
-            The training samples.
-        y : ndarray of shape (n,), int64
-            Their classes, from 0.
-        n_classes : int
-            Number of classes.
-        schedule : Schedule
-            How populations mature.
-        mutation : Mutation
-            How mutation changes cells.
-        seed : int
-            Seed of the random numbers.
-        n_neighbors, tau, clip, affinity, algorithm, memory_capacity, gate, n_jobs
-            As :class:`~sklearn_rails.RAILSClassifier` takes them.
-
-        Returns
-        -------
-        ImmuneEngine
-            The engine.
-
-        Raises
-        ------
-        ValueError
-            If a parameter does not fit the samples.
-        """
-        affinity = resolve_affinity(affinity)
-        for name in features.layers:
-            features.choose_layout(name, affinity)
-        bank = CellBank(features.embed_cells(X))
-        domain = find_domain(bank.cells, clip)
-        found = {
-            name: ClassNeighbors(affinity, algorithm, n_jobs).start(y, n_classes)
-            for name in features.layers
-        }
-        for block in block_slices(len(y), features.row_bytes, features.device):
-            for name, values in features(X[block]).items():
-                found[name].add(block, values)
-        layers = tuple(
-            ResponseLayer(
-                name,
-                features,
-                affinity,
-                bank,
-                neighbors.build(),
-                n_neighbors,
-                n_classes,
-                1.0 if isinstance(tau, str) else float(tau),
-                schedule,
-                domain.on(bank.cells),
-                RandomStream(
-                    seed,
-                    number,
-                    (schedule.population_size, bank.cells.shape[1]),
-                    mutation,
-                    domain.unit,
-                ),
-                MemoryBank(memory_capacity, n_classes, features.cell_shape),
-            )
-            for number, (name, neighbors) in enumerate(found.items())
-        )
-        if isinstance(tau, str):
-            layers = _scale_tau(layers, X)
-        return cls(features, layers, None if gate is None else gate.calibrate(layers, X, seed))
-
     @property
     def memory(self) -> dict[str, MemoryBank]:
         """The remembered cells of each layer."""
@@ -196,21 +97,24 @@ class ImmuneEngine:
             The scores.
         """
 
-        def score(block: slice, progress: Progress) -> list[NDArray[Any]]:
+        def score(block: slice) -> list[NDArray[Any]]:
             flocks, screening = self.screen(X[block], None if alarms is None else alarms[block])
             scores = self._combine(screening.votes, screening.ties)
             bred = screening.bred.nonzero()[:, 0]
-            progress.add_samples(len(scores) - len(bred))
+            if len(bred) < len(scores):
+                progress.add_samples(len(scores) - len(bred))
+                flocks = [flock.take(bred) for flock in flocks]
             for part in self._population_blocks(len(bred), n_jobs):
-                rows = bred[part]
-                for done, values in self._fit_in_memory(
-                    lambda p: self._vote([f.take(bred[p]) for f in flocks], progress), part
+                for done, values in self._halve_until_it_fits(
+                    lambda part: self._vote(flocks, part, progress), part
                 ):
                     scores[bred[done].cpu().numpy()] = values
-                progress.add_samples(len(rows))
+                progress.add_samples(part.stop - part.start)
             return [scores]
 
-        return self._map(score, len(X), n_jobs, verbose)[0]
+        self._check_backend(n_jobs)
+        with Progress(len(X), len(self.layers), verbose) as progress:
+            return self._map_blocks(score, len(X), n_jobs=n_jobs)[0]
 
     def screen(
         self, X: NDArray[Any] | torch.Tensor, alarms: NDArray[np.bool_] | None
@@ -277,13 +181,13 @@ class ImmuneEngine:
         keys = [(field, layer.name) for layer in self.layers for field in LAYER_FIELDS]
         has_p_values = self.gate is not None and self.gate.needs_network
 
-        def respond(block: slice, progress: Progress) -> list[NDArray[Any]]:
+        def respond(block: slice) -> list[NDArray[Any]]:
             n_rows = block.stop - block.start
             flocks, screening = self.screen(X[block], None if alarms is None else alarms[block])
             whole: list[NDArray[Any]] = []
             for part in self._population_blocks(n_rows, n_jobs):
-                for done, arrays in self._fit_in_memory(
-                    lambda p: self._respond([f.take(p) for f in flocks], classes, progress), part
+                for done, arrays in self._halve_until_it_fits(
+                    lambda part: self._respond(flocks, part, classes, progress), part
                 ):
                     whole = whole or [np.empty((n_rows, *a.shape[1:]), a.dtype) for a in arrays]
                     for array, values in zip(whole, arrays, strict=True):
@@ -294,7 +198,9 @@ class ImmuneEngine:
             whole[0] = np.where(bred, whole[0], kept)
             return whole if screening.p_values is None else [*whole, screening.p_values]
 
-        scores, *arrays = self._map(respond, len(X), n_jobs, verbose)
+        self._check_backend(n_jobs)
+        with Progress(len(X), len(self.layers), verbose) as progress:
+            scores, *arrays = self._map_blocks(respond, len(X), n_jobs=n_jobs)
         fields: dict[str, Any] = {field: {} for field in LAYER_FIELDS}
         for (field, name), array in zip(keys, arrays, strict=False):
             fields[field][name] = array
@@ -329,7 +235,7 @@ class ImmuneEngine:
             flocks = [layer.flock(found[layer.name]) for layer in self.layers]
             return [a.cpu().numpy() for f in flocks for a in (f.affinity, f.index)]
 
-        arrays = map_blocks(flock, len(X), self.features.row_bytes, self.features.device)
+        arrays = self._map_blocks(flock, len(X))
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def with_memory(self, memory: dict[str, MemoryBank]) -> ImmuneEngine:
@@ -374,9 +280,12 @@ class ImmuneEngine:
         layers = (replace(layer, neighbors=layer.neighbors.on_disk()) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 
-    def _map(
-        self, compute: Callable[..., list[NDArray[Any]]], n: int, n_jobs: int | None, verbose: int
-    ) -> list[NDArray[Any]]:
+    @property
+    def _map_blocks(self) -> Callable[..., list[NDArray[Any]]]:
+        features = self.features
+        return functools.partial(map_blocks, row_bytes=features.row_bytes, device=features.device)
+
+    def _check_backend(self, n_jobs: int | None) -> None:
         backend, _ = get_active_backend(prefer="threads")
         if effective_n_jobs(n_jobs) > 1 and not getattr(backend, "supports_sharedmem", False):
             self.features.warn_once(
@@ -384,15 +293,6 @@ class ImmuneEngine:
                 "n_jobs runs threads of this process, which share the network and the neighbours: "
                 f"the joblib backend {type(backend).__name__} is not used. To predict on several "
                 "machines, send the fitted estimator and parts of X to its workers.",
-            )
-        features = self.features
-        with Progress(n, len(self.layers), verbose) as progress:
-            return map_blocks(
-                lambda block: compute(block, progress),
-                n,
-                features.row_bytes,
-                features.device,
-                n_jobs=n_jobs,
             )
 
     def _population_blocks(self, n_samples: int, n_jobs: int | None) -> list[slice]:
@@ -405,31 +305,33 @@ class ImmuneEngine:
         step = max(1, n_bytes // row_bytes)
         return [slice(i, min(i + step, n_samples)) for i in range(0, n_samples, step)]
 
-    def _fit_in_memory(self, compute: Callable[[slice], Any], block: slice) -> Any:
-        return halve_until_it_fits(
-            compute,
-            block,
+    @property
+    def _halve_until_it_fits(self) -> Callable[..., list[tuple[slice, Any]]]:
+        return functools.partial(
+            halve_until_it_fits,
             advice="The population of a single sample does not fit into the memory of "
             f"{self.features.device}. Use a smaller population_size, fewer generations, a "
             "start_layer with fewer features, or device='cpu'.",
         )
 
-    def _vote(self, flocks: list[Flock], progress: Progress) -> NDArray[np.float64]:
+    def _vote(self, flocks: list[Flock], part: slice, progress: Progress) -> NDArray[np.float64]:
         votes: Any = 0
         ties: Any = 0
         for layer, flock in zip(self.layers, flocks, strict=True):
-            response = layer.respond(flock, keep_cells=False, progress=progress)
+            is_whole = part.stop - part.start == len(flock.antigens)
+            some = flock if is_whole else flock.take(part)
+            response = layer.respond(some, keep_cells=False, progress=progress)
             votes, ties = votes + response.votes, ties + response.ties
         return self._combine(votes, ties)
 
     def _respond(
-        self, flocks: list[Flock], classes: NDArray[Any], progress: Progress
+        self, flocks: list[Flock], part: slice, classes: NDArray[Any], progress: Progress
     ) -> list[NDArray[Any]]:
         votes: Any = 0
         ties: Any = 0
         found: list[NDArray[Any]] = []
         for layer, flock in zip(self.layers, flocks, strict=True):
-            response, arrays = layer.respond_arrays(flock, classes, progress)
+            response, arrays = layer.respond_arrays(flock.take(part), classes, progress)
             votes, ties = votes + response.votes, ties + response.ties
             found += [arrays[field] for field in LAYER_FIELDS]
         return [self._combine(votes, ties), *found]
@@ -448,22 +350,3 @@ def _move(layers: tuple[ResponseLayer, ...], device: torch.device) -> tuple[Resp
     bank = layers[0].bank.to(device)
     domain = layers[0].domain.on(bank.cells)
     return tuple(replace(layer, bank=bank, domain=domain) for layer in layers)
-
-
-def _scale_tau(
-    layers: tuple[ResponseLayer, ...], X: NDArray[Any] | torch.Tensor
-) -> tuple[ResponseLayer, ...]:
-    """Resolve tau="scale" in each layer, by training samples without themselves."""
-    chosen = torch.from_numpy(sample_rows(len(X), TAU_SAMPLES, rng=0))
-    features = layers[0].features
-    found = features(X[chosen.tolist()])
-    chosen = chosen.to(features.device)
-    return tuple(
-        replace(
-            layer,
-            tau=scale_of_affinity(
-                layer.neighbors, chosen, found[layer.name], layer.n_neighbors, layer.recompute
-            ),
-        )
-        for layer in layers
-    )

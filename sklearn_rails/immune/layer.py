@@ -17,9 +17,10 @@ from ..features import FeatureMap
 from ..neighbors import Affinity, ClassNeighbors
 from ..neighbors.index import merge_flocks
 from .consensus import class_affinity, count_votes, rank_by_affinity, tie_break
-from .maturation import Population, Schedule, check_alive, mature
+from .domain import Domain
+from .maturation import Population, Schedule, mature
 from .memory import MemoryBank
-from .operators import Domain, clone_neighbors
+from .operators import check_alive, clone_neighbors
 from .random import RandomStream
 
 
@@ -202,12 +203,11 @@ class ResponseLayer:
             A copy.
         """
         n_train = len(self.bank.cells)
-        if self.remembered is None:
-            return self.bank.cells[index]
         cells = self.bank.cells[index.clamp(max=n_train - 1)]
-        memory = self.features.to_device(self.memory.cells).flatten(1)
-        beyond = index >= n_train
-        cells[beyond] = memory[index[beyond] - n_train]
+        if self.remembered is not None:
+            memory = self.features.to_device(self.memory.cells).flatten(1)
+            beyond = index >= n_train
+            cells[beyond] = memory[index[beyond] - n_train]
         return cells
 
     def respond(
@@ -236,8 +236,9 @@ class ResponseLayer:
         """
         size = self.schedule.population_size
         parents, labels = clone_neighbors(flock.index, size)
+        no_memory = self.remembered is None
         population = mature(
-            self.take_cells(parents),
+            self.bank.cells[parents] if no_memory else self.take_cells(parents),
             labels,
             flock.antigens,
             affinities=functools.partial(
@@ -251,7 +252,7 @@ class ResponseLayer:
             keep_cells=keep_cells,
             progress=progress,
         )
-        check_alive(population, self.name)
+        check_alive(population.affinity, self.name)
         ranking = rank_by_affinity(population.affinity, size)
         plasma = population.labels.gather(1, ranking[:, : self.schedule.n_plasma])
         best = class_affinity(population.affinity, population.labels, flock.affinity)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 
 from .._blocks import Progress
-from .consensus import unanimous_class
+from .domain import Domain
 from .operators import (
-    Domain,
     cross_over,
     find_stand_ins,
     mean_affinity,
     mutate_,
     replace_non_finite,
     select_parents,
+    unanimous_class,
 )
 from .random import RandomStream
 
@@ -197,24 +197,3 @@ def mature(
     return Population(
         final_cells, final_labels, final_affinity, affinity_curve, class_curve, n_generations
     )
-
-
-def check_alive(population: Population, layer: str) -> None:
-    """Raise an error if no cell of a population has an affinity.
-
-    Parameters
-    ----------
-    population : Population
-    layer : str
-
-    Raises
-    ------
-    ValueError
-        If all cells of a sample have features or an affinity that is NaN or infinite.
-    """
-    if not torch.isfinite(population.affinity).all():
-        raise ValueError(
-            f"layers={layer!r}: all cells of a population have features or an affinity that is NaN "
-            "or infinite. The network or the affinity does not take mutated inputs: set clip to "
-            "the range that it takes, or use a smaller delta_max."
-        )

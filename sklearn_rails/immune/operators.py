@@ -1,4 +1,4 @@
-"""The operators that turn a population into the next one, and the domain that cells live in.
+"""The operators that turn a population into the next one.
 
 Every function is pure: random numbers come in as arguments, uniform in [0, 1) and shared by all
 samples, so that predictions are deterministic. Populations are kept sorted by class: a class is a
@@ -9,97 +9,13 @@ Affinities of a population are finite, or minus infinity for a cell without one 
 population have an affinity.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from .domain import Domain
+
 # Times this, a number in double precision is the next smaller one, or the one after that.
 BELOW_ONE = 1 - 2**-53
-
-
-@dataclass(frozen=True)
-class Domain:
-    """Where cells live and how far a mutation moves them.
-
-    Attributes
-    ----------
-    unit : array of shape (n_features,) or float
-        What delta is counted in: each feature's range, or 1.
-    low, high : array of shape (n_features,), float or None
-        The bounds that cells are clipped to.
-    """
-
-    unit: Any
-    low: Any
-    high: Any
-
-    def on(self, cells: torch.Tensor) -> "Domain":
-        """Return the domain as tensors on the device of some cells.
-
-        Parameters
-        ----------
-        cells : torch.Tensor
-
-        Returns
-        -------
-        Domain
-        """
-
-        def move(value: Any) -> Any:
-            if not isinstance(value, np.ndarray):
-                return value
-            return torch.as_tensor(value, device=cells.device, dtype=cells.dtype)
-
-        return Domain(move(self.unit), move(self.low), move(self.high))
-
-
-def find_domain(cells: torch.Tensor, clip: object) -> Domain:
-    """Find where cells live: the paper's [0, 1], or each feature's range.
-
-    Parameters
-    ----------
-    cells : torch.Tensor of shape (n, n_features)
-        The training data, in the cells' space.
-    clip : "auto", None or pair of float
-
-    Returns
-    -------
-    Domain
-
-    Raises
-    ------
-    ValueError
-        If ``clip`` is none of these, or a feature's range overflows.
-    """
-    low, high = cells.amin(dim=0), cells.amax(dim=0)
-    in_unit_interval = bool((low >= 0).all() and (high <= 1).all())
-    unit = 1.0 if in_unit_interval else (high - low).cpu().numpy()
-    if not np.isfinite(unit).all():
-        raise ValueError(
-            f"The range of a feature of X is beyond what {str(cells.dtype).removeprefix('torch.')} "
-            "holds; scale X, or use dtype='float64'."
-        )
-    if clip is None:
-        return Domain(unit, None, None)
-    if not isinstance(clip, str):
-        try:
-            bounds = np.asarray(clip, dtype=float)
-        except (TypeError, ValueError):
-            bounds = np.empty(0)
-        if bounds.shape != (2,) or not bounds[0] < bounds[1]:
-            raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")
-        # Infinity leaves a side open; a number beyond the dtype would overflow inside of torch.
-        if (np.isfinite(bounds) & (np.abs(bounds) > torch.finfo(cells.dtype).max)).any():
-            raise ValueError(
-                f"clip={clip!r} is beyond what {str(cells.dtype).removeprefix('torch.')} holds."
-            )
-        return Domain(unit, *bounds.tolist())
-    if in_unit_interval:
-        return Domain(unit, 0.0, 1.0)
-    return Domain(unit, low.cpu().numpy(), high.cpu().numpy())
 
 
 def class_quota(n_cells: int, n_classes: int) -> list[int]:
@@ -369,3 +285,45 @@ def find_stand_ins(affinity: torch.Tensor) -> torch.Tensor:
     best = affinity.argmax(dim=1, keepdim=True)
     own = torch.arange(affinity.shape[1], device=affinity.device)
     return torch.where(affinity == -torch.inf, best, own)
+
+
+def unanimous_class(affinity: torch.Tensor, labels: torch.Tensor, n_plasma: int) -> torch.Tensor:
+    """Find the class that all of a population's plasma is of.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+        Cells without an affinity, minus infinity, have no say.
+    labels : torch.Tensor of shape (n, n_cells), int64
+    n_plasma : int
+
+    Returns
+    -------
+    torch.Tensor of shape (n,), int64
+        The class, or -1 where the plasma is divided or no cell has an affinity.
+    """
+    ranking = affinity.sort(dim=1, descending=True, stable=True)
+    plasma, silent = labels.gather(1, ranking.indices[:, :n_plasma]), ranking.values == -torch.inf
+    agree = ((plasma == plasma[:, :1]) | silent[:, :n_plasma]).all(dim=1)
+    return torch.where(agree, plasma[:, 0], -1).masked_fill_(silent[:, 0], -1)
+
+
+def check_alive(affinity: torch.Tensor, layer: str) -> None:
+    """Raise an error if no cell of a population has an affinity.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+    layer : str
+
+    Raises
+    ------
+    ValueError
+        If all cells of a sample have features or an affinity that is NaN or infinite.
+    """
+    if not torch.isfinite(affinity).all():
+        raise ValueError(
+            f"layers={layer!r}: all cells of a population have features or an affinity that is NaN "
+            "or infinite. The network or the affinity does not take mutated inputs: set clip to "
+            "the range that it takes, or use a smaller delta_max."
+        )

@@ -9,9 +9,8 @@ from sklearn_rails.immune.consensus import (
     rank_by_affinity,
     tie_break,
     top_count,
-    unanimous_class,
 )
-from sklearn_rails.immune.operators import replace_non_finite
+from sklearn_rails.immune.operators import replace_non_finite, unanimous_class
 
 
 def test_the_elite_is_the_top_share_and_never_empty():

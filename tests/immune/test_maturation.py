@@ -7,17 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from sklearn_rails.immune.consensus import unanimous_class
-from sklearn_rails.immune.maturation import Schedule, check_alive, mature
+from sklearn_rails.immune.domain import Domain, find_domain
+from sklearn_rails.immune.maturation import Schedule, mature
 from sklearn_rails.immune.operators import (
-    Domain,
+    check_alive,
     class_quota,
     clone_neighbors,
     cross_over,
-    find_domain,
     mutate_,
     replace_non_finite,
     select_parents,
+    unanimous_class,
 )
 from sklearn_rails.immune.random import (
     Mutation,
@@ -349,8 +349,8 @@ def test_an_infinite_affinity_counts_as_the_largest_number():
 def test_a_population_without_any_affinity_is_refused():
     population = breed_with(lambda cells, rows: torch.full(cells.shape[:2], torch.nan).double())
     with pytest.raises(ValueError, match=r"layers='conv1': all cells.*set clip"):
-        check_alive(population, "conv1")
-    check_alive(breed_with(lambda cells, rows: -cells.sum(dim=2)), "conv1")
+        check_alive(population.affinity, "conv1")
+    check_alive(breed_with(lambda cells, rows: -cells.sum(dim=2)).affinity, "conv1")
 
 
 @pytest.mark.parametrize("clip", [("a", "b"), (1, 0), (0, 1, 2), (np.nan, 1), 3])

@@ -1,0 +1,133 @@
+"""What ``fit`` does: index training samples, resolve parameters, and calibrate the gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .._blocks import block_slices
+from .._conformal import sample_rows
+from ..features import FeatureMap
+from ..neighbors import ClassNeighbors, resolve_affinity
+from ..neighbors.leave_one_out import scale_of_affinity
+from .domain import find_domain
+from .engine import ImmuneEngine
+from .layer import CellBank, ResponseLayer
+from .maturation import Schedule
+from .memory import MemoryBank
+from .random import Mutation, RandomStream
+
+# Number of training samples by which tau="scale" is set.
+TAU_SAMPLES = 256
+
+
+def build_engine(
+    features: FeatureMap,
+    X: NDArray[Any] | torch.Tensor,
+    y: NDArray[np.int64],
+    *,
+    n_classes: int,
+    n_neighbors: int,
+    schedule: Schedule,
+    mutation: Mutation,
+    tau: float | str,
+    clip: object,
+    affinity: Any,
+    algorithm: Any,
+    memory_capacity: int,
+    gate: Any,
+    seed: int,
+    n_jobs: int | None,
+) -> ImmuneEngine:
+    """Index training samples, resolve ``tau`` and ``clip``, and calibrate the gate.
+
+    Parameters
+    ----------
+    features : FeatureMap
+        The map from samples to layers' features.
+    X : ndarray or torch.Tensor of shape (n, n_features)
+        The training samples.
+    y : ndarray of shape (n,), int64
+        Their classes, from 0.
+    n_classes : int
+        Number of classes.
+    schedule : Schedule
+        How populations mature.
+    mutation : Mutation
+        How mutation changes cells.
+    seed : int
+        Seed of the random numbers.
+    n_neighbors, tau, clip, affinity, algorithm, memory_capacity, gate, n_jobs
+        As :class:`~sklearn_rails.RAILSClassifier` takes them.
+
+    Returns
+    -------
+    ImmuneEngine
+        The engine.
+
+    Raises
+    ------
+    ValueError
+        If a parameter does not fit the samples.
+    """
+    affinity = resolve_affinity(affinity)
+    for name in features.layers:
+        features.choose_layout(name, affinity)
+    bank = CellBank(features.embed_cells(X))
+    domain = find_domain(bank.cells, clip)
+    found = {
+        name: ClassNeighbors(affinity, algorithm, n_jobs).start(y, n_classes)
+        for name in features.layers
+    }
+    for block in block_slices(len(y), features.row_bytes, features.device):
+        for name, values in features(X[block]).items():
+            found[name].add(block, values)
+    layers = tuple(
+        ResponseLayer(
+            name,
+            features,
+            affinity,
+            bank,
+            neighbors.build(),
+            n_neighbors,
+            n_classes,
+            1.0 if isinstance(tau, str) else float(tau),
+            schedule,
+            domain.on(bank.cells),
+            RandomStream(
+                seed,
+                number,
+                (schedule.population_size, bank.cells.shape[1]),
+                mutation,
+                domain.unit,
+            ),
+            MemoryBank(memory_capacity, n_classes, features.cell_shape),
+        )
+        for number, (name, neighbors) in enumerate(found.items())
+    )
+    if isinstance(tau, str):
+        layers = _scale_tau(layers, X)
+    return ImmuneEngine(features, layers, None if gate is None else gate.calibrate(layers, X, seed))
+
+
+def _scale_tau(
+    layers: tuple[ResponseLayer, ...], X: NDArray[Any] | torch.Tensor
+) -> tuple[ResponseLayer, ...]:
+    """Resolve tau="scale" in each layer, by training samples without themselves."""
+    chosen = torch.from_numpy(sample_rows(len(X), TAU_SAMPLES, rng=0))
+    features = layers[0].features
+    found = features(X[chosen.tolist()])
+    chosen = chosen.to(features.device)
+    return tuple(
+        replace(
+            layer,
+            tau=scale_of_affinity(
+                layer.neighbors, chosen, found[layer.name], layer.n_neighbors, layer.recompute
+            ),
+        )
+        for layer in layers
+    )
