@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_consistent_length, check_random_state
-from torch.nn.functional import one_hot
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
 from tqdm.auto import tqdm
 
 from .._base import as_fitted, validate_rows
@@ -21,10 +24,18 @@ from ..features.device import RandomStateGuard
 from ..immune.operators import find_domain
 from ..metrics._arrays import check_labels
 from ..neighbors import ClassNeighbors
-from ._views import NeighborsView, PopulationsView, ThreatView, soft_class_scores
+from ._surrogates import (
+    NeighborSurrogate,
+    PopulationSurrogate,
+    References,
+    ThreatSurrogate,
+    soften,
+)
 
 # Starting points of the restarts, in turn.
 STARTS = ("here", "toward another class", "anywhere", "anywhere", "anywhere")
+
+COUNTS = ("max_iter", "n_restarts", "n_references", "refresh", "n_seeds", "n_checks")
 
 # Bytes of reference features that are compared at a time.
 BLOCK_BYTES = 128 * 2**20
@@ -46,12 +57,11 @@ class AdaptiveKNNAttack:
     recomputed every ``refresh`` steps and constant in between.
 
     With ``gate=Arbitration()``, an attacker may target the vote, or the network toward a class
-    that the neighbours do not rule out. Each restart is then made twice, the second time with
-    the margins of the network's logits added to the scores. With ``gate=Triage()``, the
-    references are the neighbours, whose vote decides all samples that are not flagged. With a
-    ``threat_weight`` the attack also avoids being flagged: it subtracts that multiple of a soft
-    threat score, computed from the same :math:`s_c` in the layers of the threat scorer, and
-    only misclassified samples that are not flagged count as a success.
+    that the neighbours do not rule out: each restart is made a second time, with the margins of
+    the network's logits added to the scores. With ``gate=Triage()``, the references are the
+    neighbours, whose vote decides all samples that are not flagged. With a ``threat_weight``, only
+    misclassified samples that are not flagged count as a success, and the attack subtracts that
+    multiple of a soft threat score, computed from :math:`s_c` in the layers of the threat scorer.
 
     Parameters
     ----------
@@ -81,18 +91,15 @@ class AdaptiveKNNAttack:
     n_checks : int, default=5
         Number of further seeds, whose majority decides whether RAILS misclassifies a sample.
     threat_weight : float, default=0
-        Weight of the threat score of RAILS's ``threat_scorer``, which must be a
+        Weight of the threat score of RAILS's ``threat_scorer``, a
         :class:`~sklearn_rails.ThreatScorer`. 0 ignores it. Try several weights and take the worst
         case of each sample: with too large a weight the attack avoids being flagged but fools
         nothing.
     clip : "auto", pair of float or None, default="auto"
-        Bounds of the attacked samples, besides the ball.
-
-        - ``"auto"``: the domain of the training samples, as RAILS has it: [0, 1] if all their
-          values are in it, else the range of each feature. A sample outside of the domain is not
-          moved further away from it.
-        - pair: lower and upper bound. All samples must be within them.
-        - None: no bounds.
+        Bounds of the attacked samples, besides the ball. ``"auto"`` is the domain of the training
+        samples, as RAILS has it: [0, 1] if all their values are in it, else the range of each
+        feature; a sample outside of it is not moved further away. All samples must be within a
+        pair (low, high). None sets no bounds.
     random_state : int, RandomState or None, default=None
         Seed of the starting points and of the seeds for RAILS.
     verbose : int, default=0
@@ -110,10 +117,9 @@ class AdaptiveKNNAttack:
     -----
     A sample on which this attack fails may be misclassified under another one: the attacked
     accuracy is an upper bound of the robust accuracy. Report, for each sample, the worst case over
-    all attacks, see :func:`~sklearn_rails.metrics.robust_accuracy_score`.
-
-    The attack computes gradients also where the caller has disabled them. It changes neither the
-    network nor torch's random state.
+    all attacks, see :func:`~sklearn_rails.metrics.robust_accuracy_score`. The attack computes
+    gradients also where the caller has disabled them. It changes neither the network nor torch's
+    random state.
 
     References
     ----------
@@ -139,15 +145,9 @@ class AdaptiveKNNAttack:
     """
 
     _parameter_constraints = {
-        "eps": [Interval(Real, 0, None, closed="left")],
         "step": [Interval(Real, 0, None, closed="left"), None],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "n_restarts": [Interval(Integral, 1, None, closed="left")],
-        "n_references": [Interval(Integral, 1, None, closed="left")],
-        "refresh": [Interval(Integral, 1, None, closed="left")],
-        "n_seeds": [Interval(Integral, 1, None, closed="left")],
-        "n_checks": [Interval(Integral, 1, None, closed="left")],
-        "threat_weight": [Interval(Real, 0, None, closed="left")],
+        **{name: [Interval(Real, 0, None, closed="left")] for name in ("eps", "threat_weight")},
+        **{name: [Interval(Integral, 1, None, closed="left")] for name in COUNTS},
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -171,28 +171,17 @@ class AdaptiveKNNAttack:
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
     ) -> None:
+        parameters = locals()
         if not isinstance(estimator, DkNNClassifier | RAILSClassifier):
             raise TypeError(
                 "estimator must be a fitted DkNNClassifier or RAILSClassifier, got "
                 f"{type(estimator).__name__}."
             )
         # What is set after fit does not defend yet.
-        estimator = as_fitted(estimator)
+        estimator = as_fitted(estimator)  # type: ignore[no-untyped-call]
         validate_parameter_constraints(
             self._parameter_constraints,
-            {
-                "eps": eps,
-                "step": step,
-                "max_iter": max_iter,
-                "n_restarts": n_restarts,
-                "n_references": n_references,
-                "refresh": refresh,
-                "n_seeds": n_seeds,
-                "n_checks": n_checks,
-                "threat_weight": threat_weight,
-                "random_state": random_state,
-                "verbose": verbose,
-            },
+            {name: parameters[name] for name in self._parameter_constraints},
             caller_name=type(self).__name__,
         )
         if estimator.feature_map_.integer_input:
@@ -203,33 +192,32 @@ class AdaptiveKNNAttack:
         self.estimator = estimator
         self.eps = float(eps)
         self.step = self.eps / 8 if step is None else float(step)
-        self.max_iter = int(max_iter)
-        self.n_restarts = int(n_restarts)
-        self.refresh = int(refresh)
-        self.threat_weight = threat_weight
+        self.max_iter, self.n_restarts, self.refresh = int(max_iter), int(n_restarts), int(refresh)
+        self.threat_weight, self.clip, self.verbose = threat_weight, clip, verbose
         # torch takes no integers of numpy.
         n_references, n_seeds, n_checks = int(n_references), int(n_seeds), int(n_checks)
-        self.clip = clip
-        self.verbose = verbose
         self._rng = check_random_state(random_state)
-        train, labels = self._check(X_train, y_train, "X_train")
-        n_classes = len(estimator.classes_)
+        train, labels = self._validate(X_train, y_train, "X_train")
+        self._defence: NeighborSurrogate | PopulationSurrogate
+        self._threat = None
         with _gradients(estimator.feature_map_.device):
-            self._train = estimator.feature_map_.to_device(train)
+            train = estimator.feature_map_.to_device(train)
+            self._train: Tensor = train
             self._domain = self._find_domain()
-            self._check_domain(self._train, "X_train")
-            self._inputs = ClassNeighbors().fit(self._train, labels, n_classes)
+            self._check_clip(train, "X_train")
+            self._inputs = ClassNeighbors().fit(train, labels, len(estimator.classes_))
             if isinstance(estimator, RAILSClassifier):
-                self._defence = PopulationsView(
+                self._defence = PopulationSurrogate(
                     estimator, n_references, n_seeds, n_checks, self._rng
                 )
             else:
-                self._defence = NeighborsView(estimator, train, labels, n_references)
-            self._threat = None
+                self._defence = NeighborSurrogate(estimator, train, labels, n_references)
             if threat_weight > 0:
-                self._threat = ThreatView(estimator, train, labels, n_references)
+                self._threat = ThreatSurrogate(estimator, train, labels, n_references)
 
-    def generate(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor) -> NDArray:
+    def generate(
+        self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor
+    ) -> NDArray[np.floating]:
         """Search the balls around samples for points that are misclassified.
 
         Parameters
@@ -243,8 +231,7 @@ class AdaptiveKNNAttack:
         -------
         ndarray of the shape of ``X``, in the estimator's dtype
             A point that is misclassified (and not flagged, with a ``threat_weight``), where one was
-            found. All other samples are returned unchanged, as are those that are misclassified
-            from the start.
+            found. Other samples, also those misclassified from the start, are returned unchanged.
 
         Raises
         ------
@@ -252,179 +239,193 @@ class AdaptiveKNNAttack:
             If the samples do not fit the estimator or are outside of a pair ``clip``, or ``y`` has
             unknown classes.
         """
-        rows, labels = self._check(X, y, "X")
+        samples, labels = self._validate(X, y, "X")
         is_flat = np.ndim(X[0]) < 2 if isinstance(X, list | tuple) else np.ndim(X) < 3
-        shape = (rows.shape[1],) if is_flat else self.estimator.input_shape_
+        shape = (samples.shape[1],) if is_flat else self.estimator.input_shape_
         with _gradients(self.estimator.feature_map_.device):
-            rows = self.estimator.feature_map_.to_device(rows)
-            self._check_domain(rows, "X")
-            attacked = self._attack(rows, torch.as_tensor(labels, device=rows.device))
-        return attacked.cpu().numpy().reshape(len(rows), *shape)
+            samples = self.estimator.feature_map_.to_device(samples)
+            self._check_clip(samples, "X")
+            attacked = self._attack(samples, torch.as_tensor(labels, device=samples.device))
+        found: NDArray[np.floating] = attacked.cpu().numpy().reshape(len(samples), *shape)
+        return found
 
-    def _attack(self, rows, labels):
-        attacked = rows.clone()
-        standing = (~self._is_fooled(rows, labels)).nonzero()[:, 0]
-        row_bytes = self._defence.row_bytes(rows[:1])
+    def _attack(self, samples: Tensor, labels: Tensor) -> Tensor:
+        attacked = samples.clone()
+        robust = (~self._is_fooled(samples, labels)).nonzero()[:, 0]
+        sample_bytes = self._defence.sample_bytes
         if self._threat is not None:
-            row_bytes += self._threat.row_bytes(rows[:1])
-        size = max(1, BLOCK_BYTES // row_bytes)
+            sample_bytes += self._threat.sample_bytes
+        size = max(1, BLOCK_BYTES // sample_bytes)
         # The vote can be fooled without the network, but not a label that the network decides.
-        aims = (False, True) if self._defence.has_arbiter else (False,)
-        climbs = list(itertools.product(range(self.n_restarts), aims))
-        with tqdm(
-            total=len(standing) * len(climbs), unit="row", disable=not self.verbose
-        ) as progress:
-            for number, (restart, with_network) in enumerate(climbs, start=1):
-                still = []
-                for part in standing.split(size) if len(standing) else ():
-                    points, wrong = self._climb(rows[part], labels[part], restart, with_network)
-                    attacked[part[wrong]] = points[wrong]
-                    still.append(part[~wrong])
+        aims = (False, True) if self._defence.keeps_network else (False,)
+        ascents = list(itertools.product(range(self.n_restarts), aims))
+        total = len(robust) * len(ascents)
+        with tqdm(total=total, unit="sample", disable=not self.verbose) as progress:
+            for number, ascent in enumerate(ascents, start=1):
+                fooled = torch.zeros_like(robust, dtype=torch.bool)
+                for i in range(0, len(robust), size):
+                    block = robust[i : i + size]
+                    points, found = self._ascend(samples[block], labels[block], *ascent)
+                    attacked[block[found]] = points[found]
+                    fooled[i : i + size] = found
                     # A fooled sample needs no more restarts.
-                    n_left = len(climbs) - number
-                    progress.update(len(part) + int(wrong.sum()) * n_left)
-                standing = torch.cat(still) if still else standing
+                    progress.update(len(block) + int(found.sum()) * (len(ascents) - number))
+                robust = robust[~fooled]
         return attacked
 
-    def _check(self, X, y, name):
-        rows = validate_rows(self.estimator, X)
+    def _validate(
+        self, X: ArrayLike | Tensor, y: ArrayLike | Tensor, name: str
+    ) -> tuple[NDArray[Any] | Tensor, NDArray[np.intp]]:
+        samples = validate_rows(self.estimator, X)  # type: ignore[no-untyped-call]
         y = check_labels(y, "y_train" if name == "X_train" else "y")
-        check_consistent_length(rows, y)
-        classes = self.estimator.classes_
-        known = np.isin(y, check_labels(classes, "classes_"))
+        check_consistent_length(samples, y)
+        classes = check_labels(self.estimator.classes_, "classes_")
+        known = np.isin(y, classes)
         if not known.all():
             raise ValueError(
                 f"{name} comes with classes that the estimator does not know: "
                 f"{np.unique(y[~known])}."
             )
-        return rows, np.searchsorted(check_labels(classes, "classes_"), y)
+        return samples, np.searchsorted(classes, y)
 
-    def _find_domain(self):
+    def _find_domain(self) -> tuple[Tensor, Tensor] | None:
         """Return the lower and the upper bound of the features, or None."""
         if self.clip is None:
             return None
-        if isinstance(self.clip, str) and self.clip == "auto":
-            domain = find_domain(self._train, "auto")
-            bounds = domain.low, domain.high
-        else:
-            try:
-                bounds = np.asarray(self.clip, dtype=np.float64)
-            except (TypeError, ValueError):
-                bounds = np.empty(0)
-            if bounds.shape != (2,) or not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
-                raise ValueError(
-                    f"clip={self.clip!r} must be 'auto', None or a pair (low, high) of finite "
-                    "numbers, low < high."
-                )
-        return [torch.as_tensor(b, device=self._train.device).to(self._train) for b in bounds]
-
-    def _check_domain(self, rows, name):
-        if self.clip is None or isinstance(self.clip, str):
-            return
-        low, high = self._domain
-        if (rows < low).any() or (rows > high).any():
+        domain, train = find_domain(self._train, self.clip), self._train
+        low, high = (
+            torch.as_tensor(bound, dtype=train.dtype, device=train.device)
+            for bound in (domain.low, domain.high)
+        )
+        is_name = isinstance(self.clip, str) and self.clip != "auto"
+        if is_name or not (low.isfinite() & high.isfinite()).all():
             raise ValueError(
-                f"clip={self.clip!r} does not hold {name}, whose values are from {rows.min():g} to "
-                f"{rows.max():g}. Use clip='auto' for the domain of X_train."
+                f"clip={self.clip!r} must be 'auto', None or a pair of finite numbers, low < high."
+            )
+        return low, high
+
+    def _check_clip(self, samples: Tensor, name: str) -> None:
+        if self._domain is None or isinstance(self.clip, str):
+            return
+        if (samples < self._domain[0]).any() or (samples > self._domain[1]).any():
+            raise ValueError(
+                f"clip={self.clip!r} does not hold {name}, whose values are from {samples.min():g} "
+                f"to {samples.max():g}. Use clip='auto' for the domain of X_train."
             )
 
-    def _is_fooled(self, points, labels):
+    def _is_fooled(self, points: Tensor, labels: Tensor) -> Tensor:
         wrong = self._defence.predict(points) != labels
-        return wrong if self._threat is None else wrong & ~self._threat.is_alarm(points)
+        return wrong if self._threat is None else wrong & ~self._threat.is_flagged(points)
 
-    def _climb(self, rows, labels, restart, with_network):
-        """Maximize the margin from one start; return the last points and which are wrong."""
-        low, high = self._bounds(rows)
-        points = self._start(rows, labels, restart).clamp(low, high)
-        wrong = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        left = torch.arange(len(rows), device=rows.device)
-        scales = self._defence.scales(rows)
+    def _ascend(
+        self, samples: Tensor, labels: Tensor, restart: int, with_network: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Maximize the margin from one start; return the last points and which fool."""
+        low, high = self._bounds(samples)
+        points = self._start(samples, labels, restart).clamp(low, high)
+        fooled = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+        left = torch.arange(len(samples), device=samples.device)
+        scales = self._defence.scales(samples)
         for iteration in range(self.max_iter + 1):
             if iteration % self.refresh == 0 or iteration == self.max_iter:
-                references, answers = self._defence.respond(points[left])
-                suspects = left[answers != labels[left]]
+                references, predicted = self._defence.respond(points[left])
+                suspects = left[predicted != labels[left]]
                 if len(suspects):
-                    wrong[suspects] = self._is_fooled(points[suspects], labels[suspects])
-                    kept = (~wrong[left]).nonzero()[:, 0]
+                    fooled[suspects] = self._is_fooled(points[suspects], labels[suspects])
+                    kept = (~fooled[left]).nonzero()[:, 0]
                     left = left[kept]
-                    references = {k: (f[kept], there[kept]) for k, (f, there) in references.items()}
+                    references = {k: (f[kept], e[kept]) for k, (f, e) in references.items()}
                 if len(left) == 0 or iteration == self.max_iter:
                     break
-                with torch.no_grad():
-                    here = self._defence.features(points[left])
-                soft_scores = {
-                    layer: soft_class_scores(
-                        self._defence.affinity, *references[layer], here[layer], scales[layer]
-                    )
-                    for layer in references
-                }
-                threat = None if self._threat is None else self._threat.soften(points[left])
-            gradient = self._slope(
-                points[left], labels[left], soft_scores, threat, restart, with_network
-            )
-            moved = points[left] + self.step * gradient.sign()
+                objective = self._objective(
+                    points[left], labels[left], references, scales, restart, with_network
+                )
+            moved = points[left] + self.step * self._gradient(objective, points[left]).sign()
             points[left] = moved.clamp(low[left], high[left])
-        return points, wrong
+        return points, fooled
 
-    def _start(self, rows, labels, restart):
+    def _start(self, samples: Tensor, labels: Tensor, restart: int) -> Tensor:
         start = STARTS[restart % len(STARTS)]
         if start == "anywhere":
-            noise = self._rng.uniform(-self.eps, self.eps, size=tuple(rows.shape))
-            return rows + torch.from_numpy(noise).to(rows)
+            noise = self._rng.uniform(-self.eps, self.eps, size=tuple(samples.shape))
+            return samples + torch.from_numpy(noise).to(samples)
         if start == "here" or len(self.estimator.classes_) == 1:
-            return rows.clone()
-        affinity, index = self._inputs.kneighbors(rows, 1)
-        affinity[torch.arange(len(rows), device=rows.device), labels] = -torch.inf
+            return samples.clone()
+        affinity, index = self._inputs.kneighbors(samples, 1)
+        affinity[torch.arange(len(samples), device=samples.device), labels] = -torch.inf
         nearest = affinity[..., 0].argmax(dim=1)
         # The whole way: the ball cuts it short.
         return self._train[index[..., 0].gather(1, nearest[:, None])[:, 0]]
 
-    def _bounds(self, rows):
+    def _bounds(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return the bounds of the points around some samples: the ball and the domain."""
-        low, high = rows - self.eps, rows + self.eps
+        low, high = samples - self.eps, samples + self.eps
         # Rounding must not carry a bound out of the ball.
-        low = torch.where(rows - low > self.eps, low.nextafter(rows), low)
-        high = torch.where(high - rows > self.eps, high.nextafter(rows), high)
+        low = torch.where(samples - low > self.eps, low.nextafter(samples), low)
+        high = torch.where(high - samples > self.eps, high.nextafter(samples), high)
         if self._domain is None:
             return low, high
         # A sample that is outside of the domain itself stays within its ball.
         return (
-            torch.maximum(low, torch.minimum(rows, self._domain[0])),
-            torch.minimum(high, torch.maximum(rows, self._domain[1])),
+            torch.maximum(low, torch.minimum(samples, self._domain[0])),
+            torch.minimum(high, torch.maximum(samples, self._domain[1])),
         )
 
-    def _slope(self, points, labels, soft_scores, threat, restart, with_network):
-        points = points.detach().requires_grad_()
-        total = 0
+    def _objective(
+        self,
+        points: Tensor,
+        labels: Tensor,
+        references: References,
+        scales: dict[str, float],
+        restart: int,
+        with_network: bool,
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the function to maximize near some points, with constant references."""
+        feature_map = self.estimator.feature_map_
+        soft_scores = soften(feature_map, points, self._defence.affinity, references, scales)
+        threat = None if self._threat is None else self._threat.soften(points)
         own = one_hot(labels, len(self.estimator.classes_)).bool()
-        behind = 0
-        if with_network:
-            logits = self._defence.logits(points)
-            # A larger margin than it takes to fool the network is of no use.
-            behind = (logits - logits[own][:, None]).clamp(max=0)
-        for layer, features in self._defence.features(points).items():
-            scores = soft_scores[layer](features) + behind
-            if restart % 4 < 2:
-                others = scores.masked_fill(own, -torch.inf).amax(dim=1)
-            else:
-                others = torch.logsumexp(scores, dim=1)
-            total = total + (others - scores[own]).sum()
-        if threat is not None:
-            total = total - self.threat_weight * threat(points).sum()
+
+        def objective(points: Tensor) -> Tensor:
+            behind: Tensor | float = 0
+            if with_network:
+                logits = feature_map.with_gradient(points, (feature_map.output,))[
+                    feature_map.output
+                ]
+                if logits.shape[1] == 1:
+                    # The logit of the second of two classes.
+                    logits = pad(logits, (1, 0))
+                # A larger margin than it takes to fool the network is of no use.
+                behind = (logits - logits[own][:, None]).clamp(max=0)
+            total = torch.zeros_like(points[:, 0])
+            for layer, features in feature_map.with_gradient(points).items():
+                scores = soft_scores[layer](features) + behind
+                if restart % 4 < 2:
+                    others = scores.masked_fill(own, -torch.inf).amax(dim=1)
+                else:
+                    others = torch.logsumexp(scores, dim=1)
+                total = total + others - scores[own]
+            return total if threat is None else total - self.threat_weight * threat(points)
+
+        return objective
+
+    def _gradient(self, objective: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+        points = points.detach().requires_grad_()
+        total = objective(points).sum()
         gradient = None
         if total.requires_grad:
             (gradient,) = torch.autograd.grad(total, points, allow_unused=True)
         if gradient is None:
             raise ValueError(
                 "estimator cannot be attacked by gradients: its network detaches the layers "
-                f"{list(soft_scores)} from the input."
+                f"{list(self.estimator.layers_)} from the input."
             )
         # A class without references has no gradient.
         return gradient.nan_to_num()
 
 
 @contextmanager
-def _gradients(device):
+def _gradients(device: torch.device) -> Iterator[None]:
     """Enable gradients, and preserve torch's random state, which the network may use."""
     with torch.inference_mode(False), torch.enable_grad(), RandomStateGuard(device):
         yield

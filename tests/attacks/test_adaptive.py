@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails.attacks import AdaptiveKNNAttack
-from sklearn_rails.attacks._views import ThreatView, nearness_to
+from sklearn_rails.attacks._surrogates import ThreatSurrogate, soft_class_scores
 from sklearn_rails.datasets import load_digit_images
 from sklearn_rails.demo import pgd, train_network
 from sklearn_rails.immune import Arbitration, Triage
@@ -179,8 +179,8 @@ def test_the_attack_sees_which_labels_stand(task):
     attacked = pgd(network, X_test, y_test, eps=0.3, step=0.05)
     stands = rails.respond(attacked).p_values > 0.05
     assert (rails.predict(attacked) != y_test)[stands].any()
-    view = AdaptiveKNNAttack(rails, X, y, eps=0.1, random_state=0)._defence
-    _, answers = view.respond(torch.from_numpy(attacked.reshape(len(attacked), -1)))
+    surrogate = AdaptiveKNNAttack(rails, X, y, eps=0.1, random_state=0)._defence
+    _, answers = surrogate.respond(torch.from_numpy(attacked.reshape(len(attacked), -1)))
     assert_array_equal(answers.numpy()[stands], network.predict(attacked)[stands])
 
 
@@ -215,11 +215,11 @@ def test_the_threat_falls_along_its_soft_version(task, method):
     scorer = rails.threat_scorer_
     points = torch.from_numpy(pgd(network.module_, X_test, y_test, eps=0.2, step=0.05, max_iter=10))
     points = points.flatten(1)
-    view = ThreatView(rails, torch.from_numpy(X).flatten(1), y, n_references=10)
+    surrogate = ThreatSurrogate(rails, torch.from_numpy(X).flatten(1), y, n_references=10)
     before = scorer.score_samples(points)
     for _ in range(10):
         points.requires_grad_()
-        (slope,) = torch.autograd.grad(view.soften(points.detach())(points).sum(), points)
+        (slope,) = torch.autograd.grad(surrogate.soften(points.detach())(points).sum(), points)
         points = (points.detach() - 0.01 * slope.sign()).clamp(0, 1)
     assert scorer.score_samples(points).mean() > before.mean() + 0.2
 
@@ -263,7 +263,7 @@ def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(tas
     network, X, y, X_test, y_test = task
     rails = defence("RAILS", network, X, y)
     attack = AdaptiveKNNAttack(rails, X, y, eps=0.15, n_checks=2, **QUICK)
-    engines = (*attack._defence._known, *attack._defence._unseen, rails.engine_)
+    engines = (*attack._defence.known, *attack._defence.unseen, rails.engine_)
     seeds = {engine.layers[0].stream.seed for engine in engines}
     assert len(seeds) == 3 + 2 + 1
     # If the unseen seeds were never wrong, no row would be given.
@@ -517,7 +517,9 @@ def test_quick_nearness_is_the_affinity_and_so_is_its_slope(affinity):
     features = (members[:, 0] + 0.01 * torch.randn(2, 50, generator=rng)).requires_grad_()
     origin = features.detach() + 0.1 * torch.randn(2, 50, generator=rng)
     exact = resolve_affinity(affinity)(features.double(), members.double())
-    quick = nearness_to(affinity, members, origin)(features)
+    # The soft maximum of a single reference is its affinity.
+    given = members[:, :, None], torch.ones(2, 3, 1, dtype=torch.bool), origin, 1.0
+    quick = soft_class_scores(resolve_affinity(affinity), *given)(features)
     torch.testing.assert_close(quick.double(), exact, rtol=1e-3, atol=1e-4)
     slopes = [torch.autograd.grad(values.sum(), features)[0] for values in (exact, quick)]
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-2, atol=1e-3)
