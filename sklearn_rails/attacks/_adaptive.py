@@ -21,9 +21,9 @@ from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from ..features.device import RandomStateGuard
-from ..immune.operators import find_domain
 from ..metrics._arrays import check_labels
 from ..neighbors import ClassNeighbors
+from ._ball import Ball
 from ._surrogates import (
     NeighborSurrogate,
     PopulationSurrogate,
@@ -203,8 +203,8 @@ class AdaptiveKNNAttack:
         with _gradients(estimator.feature_map_.device):
             train = estimator.feature_map_.to_device(train)
             self._train: Tensor = train
-            self._domain = self._find_domain()
-            self._check_clip(train, "X_train")
+            self._ball = Ball(train, self.eps, clip)
+            self._ball.check(train, "X_train")
             self._inputs = ClassNeighbors().fit(train, labels, len(estimator.classes_))
             if isinstance(estimator, RAILSClassifier):
                 self._defence = PopulationSurrogate(
@@ -244,7 +244,7 @@ class AdaptiveKNNAttack:
         shape = (samples.shape[1],) if is_flat else self.estimator.input_shape_
         with _gradients(self.estimator.feature_map_.device):
             samples = self.estimator.feature_map_.to_device(samples)
-            self._check_clip(samples, "X")
+            self._ball.check(samples, "X")
             attacked = self._attack(samples, torch.as_tensor(labels, device=samples.device))
         found: NDArray[np.floating] = attacked.cpu().numpy().reshape(len(samples), *shape)
         return found
@@ -288,31 +288,6 @@ class AdaptiveKNNAttack:
             )
         return samples, np.searchsorted(classes, y)
 
-    def _find_domain(self) -> tuple[Tensor, Tensor] | None:
-        """Return the lower and the upper bound of the features, or None."""
-        if self.clip is None:
-            return None
-        domain, train = find_domain(self._train, self.clip), self._train
-        low, high = (
-            torch.as_tensor(bound, dtype=train.dtype, device=train.device)
-            for bound in (domain.low, domain.high)
-        )
-        is_name = isinstance(self.clip, str) and self.clip != "auto"
-        if is_name or not (low.isfinite() & high.isfinite()).all():
-            raise ValueError(
-                f"clip={self.clip!r} must be 'auto', None or a pair of finite numbers, low < high."
-            )
-        return low, high
-
-    def _check_clip(self, samples: Tensor, name: str) -> None:
-        if self._domain is None or isinstance(self.clip, str):
-            return
-        if (samples < self._domain[0]).any() or (samples > self._domain[1]).any():
-            raise ValueError(
-                f"clip={self.clip!r} does not hold {name}, whose values are from {samples.min():g} "
-                f"to {samples.max():g}. Use clip='auto' for the domain of X_train."
-            )
-
     def _is_fooled(self, points: Tensor, labels: Tensor) -> Tensor:
         wrong = self._defence.predict(points) != labels
         return wrong if self._threat is None else wrong & ~self._threat.is_flagged(points)
@@ -321,7 +296,7 @@ class AdaptiveKNNAttack:
         self, samples: Tensor, labels: Tensor, restart: int, with_network: bool
     ) -> tuple[Tensor, Tensor]:
         """Maximize the margin from one start; return the last points and which fool."""
-        low, high = self._bounds(samples)
+        low, high = self._ball.bounds(samples)
         points = self._start(samples, labels, restart).clamp(low, high)
         fooled = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
         left = torch.arange(len(samples), device=samples.device)
@@ -356,20 +331,6 @@ class AdaptiveKNNAttack:
         nearest = affinity[..., 0].argmax(dim=1)
         # The whole way: the ball cuts it short.
         return self._train[index[..., 0].gather(1, nearest[:, None])[:, 0]]
-
-    def _bounds(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the bounds of the points around some samples: the ball and the domain."""
-        low, high = samples - self.eps, samples + self.eps
-        # Rounding must not carry a bound out of the ball.
-        low = torch.where(samples - low > self.eps, low.nextafter(samples), low)
-        high = torch.where(high - samples > self.eps, high.nextafter(samples), high)
-        if self._domain is None:
-            return low, high
-        # A sample that is outside of the domain itself stays within its ball.
-        return (
-            torch.maximum(low, torch.minimum(samples, self._domain[0])),
-            torch.minimum(high, torch.maximum(samples, self._domain[1])),
-        )
 
     def _objective(
         self,
