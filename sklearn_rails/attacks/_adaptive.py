@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_consistent_length, check_random_state
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 from tqdm.auto import tqdm
 
 from .._base import as_fitted, validate_rows
@@ -21,16 +21,15 @@ from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from ..features.device import RandomStateGuard
-from ..immune.domain import find_domain
 from ..metrics._arrays import check_labels
 from ..neighbors import ClassNeighbors
+from ._ball import Ball
 from ._surrogates import (
     NeighborSurrogate,
     PopulationSurrogate,
     References,
-    Surrogate,
     ThreatSurrogate,
-    soft_class_scores,
+    soften,
 )
 
 # Starting points of the restarts, in turn.
@@ -58,12 +57,11 @@ class AdaptiveKNNAttack:
     recomputed every ``refresh`` steps and constant in between.
 
     With ``gate=Arbitration()``, an attacker may target the vote, or the network toward a class
-    that the neighbours do not rule out. Each restart is then made twice, the second time with
-    the margins of the network's logits added to the scores. With ``gate=Triage()``, the
-    references are the neighbours, whose vote decides all samples that are not flagged. With a
-    ``threat_weight`` the attack also avoids being flagged: it subtracts that multiple of a soft
-    threat score, computed from the same :math:`s_c` in the layers of the threat scorer, and
-    only misclassified samples that are not flagged count as a success.
+    that the neighbours do not rule out: each restart is made a second time, with the margins of
+    the network's logits added to the scores. With ``gate=Triage()``, the references are the
+    neighbours, whose vote decides all samples that are not flagged. With a ``threat_weight``, only
+    misclassified samples that are not flagged count as a success, and the attack subtracts that
+    multiple of a soft threat score, computed from :math:`s_c` in the layers of the threat scorer.
 
     Parameters
     ----------
@@ -93,18 +91,15 @@ class AdaptiveKNNAttack:
     n_checks : int, default=5
         Number of further seeds, whose majority decides whether RAILS misclassifies a sample.
     threat_weight : float, default=0
-        Weight of the threat score of RAILS's ``threat_scorer``, which must be a
+        Weight of the threat score of RAILS's ``threat_scorer``, a
         :class:`~sklearn_rails.ThreatScorer`. 0 ignores it. Try several weights and take the worst
         case of each sample: with too large a weight the attack avoids being flagged but fools
         nothing.
     clip : "auto", pair of float or None, default="auto"
-        Bounds of the attacked samples, besides the ball.
-
-        - ``"auto"``: the domain of the training samples, as RAILS has it: [0, 1] if all their
-          values are in it, else the range of each feature. A sample outside of the domain is not
-          moved further away from it.
-        - pair: lower and upper bound. All samples must be within them.
-        - None: no bounds.
+        Bounds of the attacked samples, besides the ball. ``"auto"`` is the domain of the training
+        samples, as RAILS has it: [0, 1] if all their values are in it, else the range of each
+        feature; a sample outside of it is not moved further away. All samples must be within a
+        pair (low, high). None sets no bounds.
     random_state : int, RandomState or None, default=None
         Seed of the starting points and of the seeds for RAILS.
     verbose : int, default=0
@@ -122,10 +117,9 @@ class AdaptiveKNNAttack:
     -----
     A sample on which this attack fails may be misclassified under another one: the attacked
     accuracy is an upper bound of the robust accuracy. Report, for each sample, the worst case over
-    all attacks, see :func:`~sklearn_rails.metrics.robust_accuracy_score`.
-
-    The attack computes gradients also where the caller has disabled them. It changes neither the
-    network nor torch's random state.
+    all attacks, see :func:`~sklearn_rails.metrics.robust_accuracy_score`. The attack computes
+    gradients also where the caller has disabled them. It changes neither the network nor torch's
+    random state.
 
     References
     ----------
@@ -184,7 +178,7 @@ class AdaptiveKNNAttack:
                 f"{type(estimator).__name__}."
             )
         # What is set after fit does not defend yet.
-        estimator = as_fitted(estimator)
+        estimator = as_fitted(estimator)  # type: ignore[no-untyped-call]
         validate_parameter_constraints(
             self._parameter_constraints,
             {name: parameters[name] for name in self._parameter_constraints},
@@ -204,13 +198,13 @@ class AdaptiveKNNAttack:
         n_references, n_seeds, n_checks = int(n_references), int(n_seeds), int(n_checks)
         self._rng = check_random_state(random_state)
         train, labels = self._validate(X_train, y_train, "X_train")
-        self._defence: Surrogate
+        self._defence: NeighborSurrogate | PopulationSurrogate
         self._threat = None
         with _gradients(estimator.feature_map_.device):
             train = estimator.feature_map_.to_device(train)
             self._train: Tensor = train
-            self._domain = self._find_domain()
-            self._check_clip(train, "X_train")
+            self._ball = Ball(train, self.eps, clip)
+            self._ball.check(train, "X_train")
             self._inputs = ClassNeighbors().fit(train, labels, len(estimator.classes_))
             if isinstance(estimator, RAILSClassifier):
                 self._defence = PopulationSurrogate(
@@ -237,8 +231,7 @@ class AdaptiveKNNAttack:
         -------
         ndarray of the shape of ``X``, in the estimator's dtype
             A point that is misclassified (and not flagged, with a ``threat_weight``), where one was
-            found. All other samples are returned unchanged, as are those that are misclassified
-            from the start.
+            found. Other samples, also those misclassified from the start, are returned unchanged.
 
         Raises
         ------
@@ -251,7 +244,7 @@ class AdaptiveKNNAttack:
         shape = (samples.shape[1],) if is_flat else self.estimator.input_shape_
         with _gradients(self.estimator.feature_map_.device):
             samples = self.estimator.feature_map_.to_device(samples)
-            self._check_clip(samples, "X")
+            self._ball.check(samples, "X")
             attacked = self._attack(samples, torch.as_tensor(labels, device=samples.device))
         found: NDArray[np.floating] = attacked.cpu().numpy().reshape(len(samples), *shape)
         return found
@@ -268,69 +261,32 @@ class AdaptiveKNNAttack:
         ascents = list(itertools.product(range(self.n_restarts), aims))
         total = len(robust) * len(ascents)
         with tqdm(total=total, unit="sample", disable=not self.verbose) as progress:
-            for n_left, (restart, with_network) in zip(
-                range(len(ascents) - 1, -1, -1), ascents, strict=True
-            ):
-                remaining = []
-                for block in torch.split(robust, size) if len(robust) else ():
-                    points, fooled = self._ascend(
-                        samples[block], labels[block], restart, with_network
-                    )
-                    attacked[block[fooled]] = points[fooled]
-                    remaining.append(block[~fooled])
+            for number, ascent in enumerate(ascents, start=1):
+                fooled = torch.zeros_like(robust, dtype=torch.bool)
+                for i in range(0, len(robust), size):
+                    block = robust[i : i + size]
+                    points, found = self._ascend(samples[block], labels[block], *ascent)
+                    attacked[block[found]] = points[found]
+                    fooled[i : i + size] = found
                     # A fooled sample needs no more restarts.
-                    progress.update(len(block) + int(fooled.sum()) * n_left)
-                robust = torch.cat(remaining) if remaining else robust
+                    progress.update(len(block) + int(found.sum()) * (len(ascents) - number))
+                robust = robust[~fooled]
         return attacked
 
     def _validate(
         self, X: ArrayLike | Tensor, y: ArrayLike | Tensor, name: str
     ) -> tuple[NDArray[Any] | Tensor, NDArray[np.intp]]:
-        samples = validate_rows(self.estimator, X)
+        samples = validate_rows(self.estimator, X)  # type: ignore[no-untyped-call]
         y = check_labels(y, "y_train" if name == "X_train" else "y")
         check_consistent_length(samples, y)
         classes = check_labels(self.estimator.classes_, "classes_")
-        unknown = np.setdiff1d(y, classes)
-        if len(unknown):
+        known = np.isin(y, classes)
+        if not known.all():
             raise ValueError(
-                f"{name} comes with classes that the estimator does not know: {unknown}."
+                f"{name} comes with classes that the estimator does not know: "
+                f"{np.unique(y[~known])}."
             )
         return samples, np.searchsorted(classes, y)
-
-    def _find_domain(self) -> tuple[Tensor, Tensor] | None:
-        """Return the lower and the upper bound of the features, or None."""
-        if self.clip is None:
-            return None
-        low: Any
-        high: Any
-        if isinstance(self.clip, str) and self.clip == "auto":
-            domain = find_domain(self._train, "auto")
-            low, high = domain.low, domain.high
-        else:
-            try:
-                low, high = np.asarray(self.clip, dtype=np.float64)
-            except (TypeError, ValueError):
-                low = high = np.nan
-            if np.ndim(low) or not -np.inf < low < high < np.inf:
-                raise ValueError(
-                    f"clip={self.clip!r} must be 'auto', None or a pair (low, high) of finite "
-                    "numbers, low < high."
-                )
-        # Through tensors of their own dtype: a bound of numpy is rounded as the samples are.
-        device = self._train.device
-        low, high = (torch.as_tensor(b, device=device).to(self._train) for b in (low, high))
-        return low, high
-
-    def _check_clip(self, samples: Tensor, name: str) -> None:
-        if self._domain is None or isinstance(self.clip, str):
-            return
-        low, high = self._domain
-        if (samples < low).any() or (samples > high).any():
-            raise ValueError(
-                f"clip={self.clip!r} does not hold {name}, whose values are from "
-                f"{samples.min():g} to {samples.max():g}. Use clip='auto' for the domain of "
-                "X_train."
-            )
 
     def _is_fooled(self, points: Tensor, labels: Tensor) -> Tensor:
         wrong = self._defence.predict(points) != labels
@@ -340,7 +296,7 @@ class AdaptiveKNNAttack:
         self, samples: Tensor, labels: Tensor, restart: int, with_network: bool
     ) -> tuple[Tensor, Tensor]:
         """Maximize the margin from one start; return the last points and which fool."""
-        low, high = self._bounds(samples)
+        low, high = self._ball.bounds(samples)
         points = self._start(samples, labels, restart).clamp(low, high)
         fooled = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
         left = torch.arange(len(samples), device=samples.device)
@@ -376,20 +332,6 @@ class AdaptiveKNNAttack:
         # The whole way: the ball cuts it short.
         return self._train[index[..., 0].gather(1, nearest[:, None])[:, 0]]
 
-    def _bounds(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the bounds of the points around some samples: the ball and the domain."""
-        low, high = samples - self.eps, samples + self.eps
-        # Rounding must not carry a bound out of the ball.
-        low = torch.where(samples - low > self.eps, low.nextafter(samples), low)
-        high = torch.where(high - samples > self.eps, high.nextafter(samples), high)
-        if self._domain is None:
-            return low, high
-        # A sample that is outside of the domain itself stays within its ball.
-        return (
-            torch.maximum(low, torch.minimum(samples, self._domain[0])),
-            torch.minimum(high, torch.maximum(samples, self._domain[1])),
-        )
-
     def _objective(
         self,
         points: Tensor,
@@ -400,24 +342,24 @@ class AdaptiveKNNAttack:
         with_network: bool,
     ) -> Callable[[Tensor], Tensor]:
         """Return the function to maximize near some points, with constant references."""
-        affinity = self._defence.affinity
-        with torch.no_grad():
-            here = self._defence.features(points)
-        soft_scores = {
-            layer: soft_class_scores(affinity, *found, here[layer], scales[layer])
-            for layer, found in references.items()
-        }
+        feature_map = self.estimator.feature_map_
+        soft_scores = soften(feature_map, points, self._defence.affinity, references, scales)
         threat = None if self._threat is None else self._threat.soften(points)
         own = one_hot(labels, len(self.estimator.classes_)).bool()
 
         def objective(points: Tensor) -> Tensor:
             behind: Tensor | float = 0
             if with_network:
-                logits = self._defence.logits(points)
+                logits = feature_map.with_gradient(points, (feature_map.output,))[
+                    feature_map.output
+                ]
+                if logits.shape[1] == 1:
+                    # The logit of the second of two classes.
+                    logits = pad(logits, (1, 0))
                 # A larger margin than it takes to fool the network is of no use.
                 behind = (logits - logits[own][:, None]).clamp(max=0)
             total = torch.zeros_like(points[:, 0])
-            for layer, features in self._defence.features(points).items():
+            for layer, features in feature_map.with_gradient(points).items():
                 scores = soft_scores[layer](features) + behind
                 if restart % 4 < 2:
                     others = scores.masked_fill(own, -torch.inf).amax(dim=1)

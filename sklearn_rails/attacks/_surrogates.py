@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +30,15 @@ References = dict[str, tuple[Tensor, Tensor]]
 def soft_class_scores(
     affinity: Affinity, members: Tensor, exists: Tensor, origin: Tensor, scale: float
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from features to soft class scores.
+    """Return a function from features to soft class scores, for features near an origin.
 
     Parameters
     ----------
     affinity : Affinity
     members : torch.Tensor of shape (n, n_classes, n_members, n_features)
-        Constant references.
+        Constant references, read only once.
     exists : torch.Tensor of shape (n, n_classes, n_members), bool
     origin : torch.Tensor of shape (n, n_features)
-        Features near those that will be scored.
     scale : float
         Temperature: affinities are divided by it.
 
@@ -49,62 +47,48 @@ def soft_class_scores(
     callable
         From a tensor of shape (n, n_features) to the scores (n, n_classes).
     """
-    nearness = nearness_to(affinity, members.flatten(1, 2), origin)
+    members = members.flatten(1, 2)
+    if affinity == Euclidean():
+        # Relative to the origin, small distances are not lost to rounding.
+        members = members - origin[:, None]
+        squares = members.square().sum(dim=2)
+    elif affinity == Cosine():
+        members = normalize(members, dim=2)
 
     def score(features: Tensor) -> Tensor:
-        close = nearness(features).reshape(exists.shape).masked_fill(~exists, -torch.inf)
-        return torch.logsumexp(close / scale, dim=2)
+        if affinity == Euclidean():
+            step = features - origin
+            products = torch.bmm(members, step[:, :, None])[..., 0]
+            squared = squares - 2 * products + step.square().sum(1)[:, None]
+            nearness = -squared.clamp(1e-12).sqrt()
+        elif affinity == Cosine():
+            nearness = torch.bmm(members, normalize(features, dim=1)[..., None])[..., 0]
+        else:
+            nearness = affinity(features, members)
+        nearness = nearness.reshape(exists.shape).masked_fill(~exists, -torch.inf)
+        return torch.logsumexp(nearness / scale, dim=2)
 
     return score
 
 
-def nearness_to(affinity: Affinity, members: Tensor, origin: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that compares features with constant references, read only once.
-
-    Parameters
-    ----------
-    affinity : Affinity
-    members : torch.Tensor of shape (n, n_members, n_features)
-    origin : torch.Tensor of shape (n, n_features)
-        Features near those that will be compared.
-
-    Returns
-    -------
-    callable
-        From a tensor of shape (n, n_features) to the affinities (n, n_members).
-    """
-    if affinity == Euclidean():
-        # Relative to the origin, small distances are not lost to rounding.
-        moved = members - origin[:, None]
-        squares = moved.square().sum(dim=2)
-
-        def nearness(features: Tensor) -> Tensor:
-            step = features - origin
-            products = torch.bmm(moved, step[:, :, None])[..., 0]
-            return -(squares - 2 * products + step.square().sum(1)[:, None]).clamp(1e-12).sqrt()
-
-        return nearness
-    if affinity == Cosine():
-        members = normalize(members, dim=2)
-        return lambda features: torch.bmm(members, normalize(features, dim=1)[..., None])[..., 0]
-    return lambda features: affinity(features, members)
+def soften(
+    feature_map: FeatureMap,
+    points: Tensor,
+    affinity: Affinity,
+    references: References,
+    scales: dict[str, float],
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return a function from features to soft class scores in each layer, near some points."""
+    with torch.no_grad():
+        here = feature_map.with_gradient(points)
+    return {
+        layer: soft_class_scores(affinity, *found, here[layer], scales[layer])
+        for layer, found in references.items()
+    }
 
 
 def typical_scale(affinity: Tensor, n_neighbors: int) -> float:
-    """Return a third of the median distance of the k-th neighbour.
-
-    Parameters
-    ----------
-    affinity : torch.Tensor of shape (n, n_classes, n_members)
-        Of the nearest samples of each class; minus infinity where there is none.
-    n_neighbors : int
-        k, among the samples of all classes.
-
-    Returns
-    -------
-    float
-        1 where there is no such distance.
-    """
+    """Return a third of the median distance of the k-th neighbour, of any class."""
     nearest = affinity.flatten(1).sort(dim=1, descending=True).values
     kth = nearest[:, :n_neighbors][:, -1].abs()
     scale = float(kth[kth.isfinite()].median()) / 3 if kth.isfinite().any() else 0.0
@@ -112,20 +96,19 @@ def typical_scale(affinity: Tensor, n_neighbors: int) -> float:
 
 
 class TrainingReferences:
-    """The nearest training samples of each class, in some layers."""
+    """The nearest training samples of each class, in the layers of a feature map."""
 
     def __init__(
         self,
-        features: FeatureMap,
+        feature_map: FeatureMap,
         train: Tensor,
-        labels: NDArray[Any],
+        labels: NDArray[np.intp],
         n_classes: int,
         n_references: int,
         affinity: Affinity,
     ) -> None:
-        self.affinity = affinity
-        self._features, self._n_references = features, n_references
-        self._examples = features(train)
+        self.affinity, self._features, self._n_references = affinity, feature_map, n_references
+        self._examples = feature_map(train)
         self._neighbors = {
             layer: ClassNeighbors(affinity).fit(examples, labels, n_classes)
             for layer, examples in self._examples.items()
@@ -143,72 +126,32 @@ class TrainingReferences:
         return references, scales
 
 
-class Surrogate:
-    """A classifier as the attack sees it.
+class NeighborSurrogate(TrainingReferences):
+    """A DkNN classifier as the attack sees it: neighbours among fixed samples."""
 
-    Attributes
-    ----------
-    affinity : Affinity
-    sample_bytes : int
-        Size of the references of one sample in the widest layer.
-    keeps_network : bool
-        Whether the network's own prediction may stand.
-    """
-
-    affinity: Affinity
-    sample_bytes: int
     keeps_network = False
 
-    def __init__(self, estimator: DkNNClassifier | RAILSClassifier) -> None:
-        self._estimator = estimator
-        self._features: FeatureMap = estimator.feature_map_
-
-    def features(self, points: Tensor) -> dict[str, Tensor]:
-        """Compute the layers' features, with gradients."""
-        return self._features.with_gradient(points)
-
-    def logits(self, points: Tensor) -> Tensor:
-        """Compute the network's outputs, one for each class, with gradients."""
-        output = self._features.output
-        outputs = self._features.with_gradient(points, (output,))[output]
-        # A single output is the logit of the second of two classes.
-        return outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))
+    def __init__(
+        self, estimator: DkNNClassifier, train: Tensor, labels: NDArray[np.intp], n_references: int
+    ) -> None:
+        self._estimator, n_classes = estimator, len(estimator.classes_)
+        feature_map = estimator.feature_map_
+        super().__init__(feature_map, train, labels, n_classes, n_references, Euclidean())
 
     def predict(self, points: Tensor) -> Tensor:
-        """Predict the positions of the classes."""
-        predicted = np.searchsorted(self._estimator.classes_, self._estimator.predict(points))
-        return torch.from_numpy(predicted).to(points.device)
+        """Predict the classes' positions."""
+        return _predict(self._estimator, points)
 
     def respond(self, points: Tensor) -> tuple[References, Tensor]:
         """Return the references and the predictions."""
-        raise NotImplementedError
+        return self.near(points)[0], self.predict(points)
 
     def scales(self, points: Tensor) -> dict[str, float]:
         """Return the scale of affinities in each layer."""
-        raise NotImplementedError
+        return self.near(points)[1]
 
 
-class NeighborSurrogate(Surrogate):
-    """A DkNN classifier as the attack sees it: neighbours among fixed samples."""
-
-    def __init__(
-        self, estimator: DkNNClassifier, train: Tensor, labels: NDArray[Any], n_references: int
-    ) -> None:
-        super().__init__(estimator)
-        self.affinity = Euclidean()
-        self._references = TrainingReferences(
-            self._features, train, labels, len(estimator.classes_), n_references, self.affinity
-        )
-        self.sample_bytes = self._references.sample_bytes
-
-    def respond(self, points: Tensor) -> tuple[References, Tensor]:
-        return self._references.near(points)[0], self.predict(points)
-
-    def scales(self, points: Tensor) -> dict[str, float]:
-        return self._references.near(points)[1]
-
-
-class PopulationSurrogate(Surrogate):
+class PopulationSurrogate:
     """A RAILS classifier as the attack sees it: a new population for every point."""
 
     def __init__(
@@ -219,10 +162,9 @@ class PopulationSurrogate(Surrogate):
         n_checks: int,
         rng: np.random.RandomState,
     ) -> None:
-        super().__init__(estimator)
+        self._estimator = estimator
         self._engine = engine = estimator.engine_
-        self._n_references = n_references
-        self._n_cells = -(-n_references // n_seeds)
+        self._n_references, self._n_cells = n_references, -(-n_references // n_seeds)
         self.affinity = engine.layers[0].affinity
         seeds = {estimator.seed_: None}
         while len(seeds) < 1 + n_seeds + n_checks:
@@ -231,23 +173,19 @@ class PopulationSurrogate(Surrogate):
         self.known, self.unseen = others[:n_seeds], others[n_seeds:]
         self.keeps_network = engine.gate is not None and engine.gate.needs_network
         self._triages = engine.gate is not None and engine.gate.needs_alarms
-        widest = max(
-            layer.features.features_of_cells(layer.bank.cells[:1], layer.name).nbytes
-            for layer in engine.layers
-        )
+        sample = engine.layers[0].bank.cells[:1, None, None]
+        widest = max(_features_of(layer, sample).nbytes for layer in engine.layers)
         self.sample_bytes = widest * self._n_cells * n_seeds * len(estimator.classes_)
 
     def predict(self, points: Tensor) -> Tensor:
-        """Predict by majority, under seeds that the attack does not use otherwise."""
-        alarms = None
-        if self._triages:
-            alarms = self._estimator.threat_scorer_.predict(points) == -1
+        """Predict the classes' positions, by majority under seeds that are not used otherwise."""
+        alarms = self._estimator.threat_scorer_.predict(points) == -1 if self._triages else None
         n_jobs = self._estimator.n_jobs
         scores = [engine.scores(points, alarms=alarms, n_jobs=n_jobs) for engine in self.unseen]
-        predictions = torch.from_numpy(np.argmax(scores, axis=2)).to(points.device)
-        return predictions.mode(dim=0).values
+        return torch.from_numpy(np.argmax(scores, axis=2)).to(points.device).mode(dim=0).values
 
     def respond(self, points: Tensor) -> tuple[References, Tensor]:
+        """Return the references and the predictions."""
         references: References = {}
         if self._triages:
             # Neighbours vote on samples that are not flagged.
@@ -255,20 +193,17 @@ class PopulationSurrogate(Surrogate):
                 index = flock.index[..., : self._n_references]
                 cells = layer.take_cells(index.clamp(min=0))
                 references[layer.name] = _features_of(layer, cells), index >= 0
-            return references, super().predict(points)
+            return references, _predict(self._estimator, points)
         flocks, screening = self._engine.screen(points, None)
-        parts: dict[str, list[tuple[Tensor, Tensor]]] = {
-            layer.name: [] for layer in self._engine.layers
-        }
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         predictions = []
         for engine in self.known:
-            votes: Any = 0
-            ties: Any = 0
+            votes, ties = torch.zeros_like(screening.votes), torch.zeros_like(screening.ties)
             for layer, flock in zip(engine.layers, flocks, strict=True):
                 response = layer.respond(flock, keep_cells=True)
                 votes, ties = votes + response.votes, ties + response.ties
                 best = self._best(response.population, flock.index, layer)
-                parts[layer.name].append(best)
+                parts.setdefault(layer.name, []).append(best)
             predictions.append((votes + ties / len(flocks)).argmax(dim=1))
         for name, bred in parts.items():
             members, exists = zip(*bred, strict=True)
@@ -276,6 +211,17 @@ class PopulationSurrogate(Surrogate):
         kept = (screening.votes + screening.ties / len(flocks)).argmax(dim=1)
         majority = torch.stack(predictions).mode(dim=0).values
         return references, torch.where(screening.bred, majority, kept)
+
+    def scales(self, points: Tensor) -> dict[str, float]:
+        """Return the scale of affinities in each layer."""
+        return {
+            layer.name: typical_scale(flock.affinity, self._n_references)
+            for layer, flock in self._flocks(points)
+        }
+
+    def _flocks(self, points: Tensor) -> list[tuple[ResponseLayer, Flock]]:
+        features = self._engine.features(points)
+        return [(layer, layer.flock(features[layer.name])) for layer in self._engine.layers]
 
     def _best(
         self, population: Population, neighbors: Tensor, layer: ResponseLayer
@@ -289,28 +235,22 @@ class PopulationSurrogate(Surrogate):
         best = rank_by_affinity(affinity.flatten(0, 1), self._n_cells)
         best = best.reshape(n_samples, n_classes, -1)
         exists = affinity.gather(2, best) > -torch.inf
-        rows = torch.arange(n_samples, device=neighbors.device)[:, None, None]
-        index = pad(neighbors, (0, self._n_cells), value=-1)[..., : best.shape[2]]
         died_out = ~exists.any(dim=2, keepdim=True)
-        cells = torch.where(
-            died_out[..., None], layer.take_cells(index.clamp(min=0)), population.cells[rows, best]
-        )
+        index = pad(neighbors, (0, self._n_cells), value=-1)[..., : best.shape[2]]
+        rows = torch.arange(n_samples, device=neighbors.device)[:, None, None]
+        stand_ins = layer.take_cells(index.clamp(min=0))
+        cells = torch.where(died_out[..., None], stand_ins, population.cells[rows, best])
         return _features_of(layer, cells), torch.where(died_out, index >= 0, exists)
-
-    def scales(self, points: Tensor) -> dict[str, float]:
-        return {
-            layer.name: typical_scale(flock.affinity, self._n_references)
-            for layer, flock in self._flocks(points)
-        }
-
-    def _flocks(self, points: Tensor) -> list[tuple[ResponseLayer, Flock]]:
-        features = self._features(points)
-        return [(layer, layer.flock(features[layer.name])) for layer in self._engine.layers]
 
 
 def _features_of(layer: ResponseLayer, cells: Tensor) -> Tensor:
     features = layer.features.features_of_cells(cells.flatten(0, 2), layer.name)
     return features.reshape(*cells.shape[:3], -1)
+
+
+def _predict(estimator: DkNNClassifier | RAILSClassifier, points: Tensor) -> Tensor:
+    positions = np.searchsorted(estimator.classes_, estimator.predict(points))
+    return torch.from_numpy(positions).to(points.device)
 
 
 class ThreatSurrogate:
@@ -320,7 +260,7 @@ class ThreatSurrogate:
         self,
         estimator: DkNNClassifier | RAILSClassifier,
         train: Tensor,
-        labels: NDArray[Any],
+        labels: NDArray[np.intp],
         n_references: int,
     ) -> None:
         scorer = getattr(estimator, "threat_scorer_", None)
@@ -349,18 +289,13 @@ class ThreatSurrogate:
     def soften(self, points: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a threat score that is differentiable near some points."""
         feature_map = self._scorer.feature_map_
-        with torch.no_grad():
-            here = feature_map.with_gradient(points)
-        scores = {}
-        for name, training in self._references.items():
-            references, scales = training.near(points)
-            for layer, found in references.items():
-                scores[name, layer] = soft_class_scores(
-                    training.affinity, *found, here[layer], scales[layer]
-                )
+        scores = {
+            name: soften(feature_map, points, training.affinity, *training.near(points))
+            for name, training in self._references.items()
+        }
 
         def threat(points: Tensor) -> Tensor:
-            query = SoftQuery(points, feature_map, lambda name, layer, f: scores[name, layer](f))
+            query = SoftQuery(points, feature_map, lambda name, layer, f: scores[name][layer](f))
             detectors = self._scorer.detectors_.values()
             return torch.stack([d.soft_threat(query) for d in detectors]).sum(dim=0)
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.utils._param_validation import StrOptions
 from torch import Tensor
 
+from .._compat import StrOptions
 from .._conformal import sample_rows
 from .allocation import allocate_store
 from .base import Affinity

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails.attacks import AdaptiveKNNAttack
-from sklearn_rails.attacks._surrogates import ThreatSurrogate, nearness_to
+from sklearn_rails.attacks._surrogates import ThreatSurrogate, soft_class_scores
 from sklearn_rails.datasets import load_digit_images
 from sklearn_rails.demo import pgd, train_network
 from sklearn_rails.immune import Arbitration, Triage
@@ -517,7 +517,9 @@ def test_quick_nearness_is_the_affinity_and_so_is_its_slope(affinity):
     features = (members[:, 0] + 0.01 * torch.randn(2, 50, generator=rng)).requires_grad_()
     origin = features.detach() + 0.1 * torch.randn(2, 50, generator=rng)
     exact = resolve_affinity(affinity)(features.double(), members.double())
-    quick = nearness_to(resolve_affinity(affinity), members, origin)(features)
+    # The soft maximum of a single reference is its affinity.
+    given = members[:, :, None], torch.ones(2, 3, 1, dtype=torch.bool), origin, 1.0
+    quick = soft_class_scores(resolve_affinity(affinity), *given)(features)
     torch.testing.assert_close(quick.double(), exact, rtol=1e-3, atol=1e-4)
     slopes = [torch.autograd.grad(values.sum(), features)[0] for values in (exact, quick)]
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-2, atol=1e-3)
