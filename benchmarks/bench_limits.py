@@ -24,8 +24,9 @@ from torch import nn
 from sklearn_rails import RAILSClassifier
 from sklearn_rails.demo import SmallCNN
 from sklearn_rails.features.batching import BatchLayout
+from sklearn_rails.features.truncation import TruncatedNetwork
 from sklearn_rails.immune.random import generation_uniforms
-from sklearn_rails.neighbors.index import ClassNeighbors
+from sklearn_rails.neighbors import ClassNeighbors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import literal  # the slow loop that the tests hold the engine to
@@ -73,8 +74,12 @@ def bench_overhead(repeat):
             early_stopping=False,
             random_state=SEED,
         ).fit(X, y)
-        n_images = n_rows * rails.population_size * (rails.generations + 1)
-        bare, batch_size = best_forward(rails._features._followed.network, layer, shape, n_images)
+        n_cells = rails.engine_.layers[0].schedule.population_size
+        n_images = n_rows * n_cells * (rails.generations + 1)
+        truncated = TruncatedNetwork(
+            network, device=torch.device("cpu"), dtype=torch.float32, input_shape=shape
+        )
+        bare, batch_size = best_forward(truncated, layer, shape, n_images)
         predict = functools.partial(rails.predict, X[:n_rows])
         seconds, least, ratio = time_pairs(predict, bare, repeat)
         name = f"{type(network).__name__} {getattr(network, 'width', '')}".strip()

@@ -9,7 +9,6 @@ import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import NDArray
 from sklearn import get_config
-from sklearn.utils import gen_batches
 from tqdm.auto import tqdm
 
 from .features.device import is_out_of_memory
@@ -58,8 +57,10 @@ def block_slices(
     list of slice
         Of about the same number of blocks for each thread.
     """
-    size = max(1, memory_budget(device) // (BLOCKS_HELD * row_bytes * n_threads))
-    return list(gen_batches(n_samples, min(size, MAX_BLOCK, -(-n_samples // n_threads))))
+    size = memory_budget(device) // (BLOCKS_HELD * row_bytes * n_threads)
+    size = max(1, min(size, MAX_BLOCK, -(-n_samples // n_threads)))
+    # scikit-learn's gen_batches takes 0.1 ms to check its parameters: 3 % of a single prediction.
+    return [slice(i, min(i + size, n_samples)) for i in range(0, n_samples, size)]
 
 
 def map_blocks(
