@@ -178,7 +178,7 @@ class AdaptiveKNNAttack:
                 f"{type(estimator).__name__}."
             )
         # What is set after fit does not defend yet.
-        estimator = as_fitted(estimator)  # type: ignore[no-untyped-call]
+        estimator = as_fitted(estimator)
         validate_parameter_constraints(
             self._parameter_constraints,
             {name: parameters[name] for name in self._parameter_constraints},
@@ -276,7 +276,7 @@ class AdaptiveKNNAttack:
     def _validate(
         self, X: ArrayLike | Tensor, y: ArrayLike | Tensor, name: str
     ) -> tuple[NDArray[Any] | Tensor, NDArray[np.intp]]:
-        samples = validate_rows(self.estimator, X)  # type: ignore[no-untyped-call]
+        samples = validate_rows(self.estimator, X)
         y = check_labels(y, "y_train" if name == "X_train" else "y")
         check_consistent_length(samples, y)
         classes = check_labels(self.estimator.classes_, "classes_")
