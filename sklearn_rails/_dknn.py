@@ -32,9 +32,9 @@ from .neighbors.votes import neighbor_votes
 class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     """Deep k-nearest neighbours: a vote of hidden layers, with its credibility.
 
-    In every layer the k nearest training examples are found. The nonconformity of an input with a
-    class is the number of them, over all layers, that are of another class; compared with the
-    nonconformities of held-out calibration rows it gives a p-value for every class.
+    DkNN finds the k nearest training examples in every layer. The nonconformity of an input with a
+    class is the number of them, over all layers, that are of another class. Compared with the
+    nonconformities of held-out calibration samples, it yields a p-value for every class.
 
     Parameters
     ----------
@@ -190,8 +190,8 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         ------
         TypeError, ValueError
             If a parameter or the data is invalid, the network does not fit the data, a layer or
-            the device is not there, or no row is left to calibrate with. The estimator is then as
-            it was before.
+            the device does not exist, or no sample is left to calibrate with. The estimator is then
+            as it was before.
         """
         samples, labels = prepare_fit(self, X, y, network=self.feature_extractor)
         self.classes_, labels = np.unique(labels, return_inverse=True)
@@ -244,7 +244,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         return self.classes_[proba.argmax(axis=1)]
 
     def predict_proba(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
-        """Give the classes' shares of the neighbours, ties broken by distance.
+        """Return the classes' shares of the neighbours, with distance as a tie-breaker.
 
         Parameters
         ----------
@@ -256,13 +256,13 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             Votes, with less than half a vote for the distance, over their sum. p-values grow with
             the votes, so the order of the classes is that of the p-values, ties broken.
         """
-        fitted = self._as_fitted()
-        votes, tie_break = fitted._vote(validate_rows(fitted, X))
+        fitted, samples = self._validate(X)
+        votes, tie_break = fitted._vote(samples)
         scores = votes + tie_break / 2
         return scores / scores.sum(axis=1, keepdims=True)
 
     def p_values(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
-        """Give each class's p-value.
+        """Compute the p-value of each class.
 
         Parameters
         ----------
@@ -274,14 +274,14 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             Share of the calibration samples that conform with their class no better than the input
             does with this one.
         """
-        fitted = self._as_fitted()
-        nonconformity = fitted._nonconformities(validate_rows(fitted, X))
+        fitted, samples = self._validate(X)
+        nonconformity = fitted._nonconformities(samples)
         return conformal_p_values(
             nonconformity, fitted._calibration, count_own=fitted.p_value == "conformal"
         )
 
     def credibility(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
-        """Give the largest p-value: how well the training data support any answer.
+        """Return the largest p-value: how well the training data support the prediction.
 
         Parameters
         ----------
@@ -295,7 +295,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         return self.p_values(X).max(axis=1)
 
     def confidence(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
-        """Give 1 minus the second largest p-value: how far all other answers are ruled out.
+        """Return 1 minus the second largest p-value: how unlikely all other classes are.
 
         Parameters
         ----------
@@ -358,7 +358,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         if y.shape != (len(X),):
             raise ValueError(
                 f"calibration=(X_cal, y_cal): y_cal has shape {y.shape}, but X_cal has {len(X)} "
-                "rows."
+                "samples."
             )
         # A dict, since numpy would take the label "1" for the class 1.
         places = {label: place for place, label in enumerate(self.classes_.tolist())}

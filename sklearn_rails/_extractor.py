@@ -112,7 +112,7 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, N
         return self
 
     def transform(self, X: ArrayLike | torch.Tensor) -> np.ndarray | torch.Tensor:
-        """Give the layers' features.
+        """Compute the layers' features.
 
         Parameters
         ----------

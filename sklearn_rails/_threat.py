@@ -15,7 +15,6 @@ from ._base import (
     NetworkEstimator,
     prepare_fit,
     restore_on_error,
-    validate_rows,
 )
 from ._compat import Interval, StrOptions, fit_context
 from ._conformal import (
@@ -278,8 +277,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             One column for each method: the sum over layers of minus the log of the p-value.
             Higher is more suspect.
         """
-        fitted = self._as_fitted()
-        samples = validate_rows(fitted, X)
+        fitted, samples = self._validate(X)
         return X if fitted.output == "passthrough" else fitted._threat(samples)
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[np.object_]:
@@ -312,8 +310,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         ndarray of shape (n,), float64
             As outlier detectors have it: lower is more suspect.
         """
-        fitted = self._as_fitted()
-        return -fitted._threat(validate_rows(fitted, X)).sum(axis=1)
+        fitted, samples = self._validate(X)
+        return -fitted._threat(samples).sum(axis=1)
 
     def decision_function(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         """Compute the signed difference from the threshold.

@@ -127,7 +127,7 @@ def test_an_extractor_follows_its_network_without_a_warning(network, task):
         assert_array_equal(found.round(4), network[0](torch.from_numpy(X)).numpy().round(4))
 
 
-def test_a_network_without_the_layer_any_more_is_named(network, task):
+def test_a_network_that_lost_a_layer_raises(network, task):
     X, y = task
     dknn = DkNNClassifier(network, layers="2", random_state=0).fit(X, y)
     del network[2]
@@ -203,7 +203,7 @@ SETTINGS = {
         if name in estimator.get_params(deep=False)
     ],
 )
-def test_parameters_set_after_fit_wait_for_the_next_fit(network, task, which, name):
+def test_set_params_takes_effect_at_the_next_fit(network, task, which, name):
     X, y = task
     estimator, ask = estimators(network)[which]
     if which == 0:
@@ -237,7 +237,7 @@ def test_a_wrong_parameter_set_after_fit_is_refused_by_the_next_fit_only(task):
     assert rails.population_size == 2
 
 
-def test_a_failed_fit_draws_nothing(task):
+def test_a_failed_fit_leaves_the_random_state_unchanged(task):
     X, y = task
     seed = RAILSClassifier(random_state=np.random.RandomState(0), **CHEAP).fit(X, y).seed_
     rails = RAILSClassifier(random_state=np.random.RandomState(0), **CHEAP).set_params(layers="no")

@@ -43,7 +43,7 @@ def labels_of(network, X):
         return network(torch.from_numpy(X)).argmax(dim=1).numpy()
 
 
-def test_a_label_stands_unless_its_p_value_is_too_low(task, arbitrating, attacked):
+def test_the_network_label_is_kept_unless_its_p_value_is_alpha_or_less(task, arbitrating, attacked):
     network, X, y, *_ = task
     voting = RAILSClassifier(network, **CHEAP).fit(X, y)
     response = arbitrating.respond(attacked)
@@ -59,7 +59,7 @@ def test_a_label_stands_unless_its_p_value_is_too_low(task, arbitrating, attacke
     assert_array_equal(np.floor(np.sort(scores[stands], axis=1)[:, :-1]), 0)
 
 
-def test_p_values_are_those_of_a_literal_computation(task):
+def test_arbitration_p_values_equal_a_literal_computation(task):
     network, X, y, new, _ = task
     X, y = X[:300], y[:300]
     rails = RAILSClassifier(
@@ -83,7 +83,7 @@ def test_p_values_are_those_of_a_literal_computation(task):
     assert_allclose(rails.respond(new[:30]).p_values, expected, atol=1e-12)
 
 
-def test_few_clean_rows_and_many_attacked_ones_are_put_to_the_vote(task, arbitrating, attacked):
+def test_few_clean_and_many_attacked_samples_are_bred(task, arbitrating, attacked):
     network, _, _, new, y_new = task
     clean, moved = (arbitrating.respond(rows).p_values <= 0.2 for rows in (new, attacked))
     # Four standard deviations for 400 rows that are judged by 600.
@@ -93,7 +93,7 @@ def test_few_clean_rows_and_many_attacked_ones_are_put_to_the_vote(task, arbitra
     assert moved[fooled].mean() > 0.6
 
 
-def test_answers_agree_with_each_other_in_any_company(arbitrating, attacked):
+def test_arbitration_is_consistent_across_methods_and_batches(arbitrating, attacked):
     rails, rows = arbitrating, attacked
     shares, response = rails.predict_proba(rows), rails.respond(rows)
     assert_array_equal(response.proba, shares)
@@ -105,7 +105,7 @@ def test_answers_agree_with_each_other_in_any_company(arbitrating, attacked):
     assert_array_equal(again.predict_proba(rows), shares)
 
 
-def test_a_search_over_arbitration_and_a_refit_without(task):
+def test_grid_search_over_gate_alpha_and_refit_without_a_gate(task):
     network, X, y, new, y_new = task
     search = GridSearchCV(
         RAILSClassifier(network, **CHEAP),
@@ -121,7 +121,7 @@ def test_a_search_over_arbitration_and_a_refit_without(task):
     assert_array_equal(rails.predict_proba(new), fresh.predict_proba(new))
 
 
-def test_two_classes_with_one_logit_and_a_class_of_one_row(task):
+def test_arbitration_with_one_logit_and_with_a_class_of_one_sample(task):
     network, X, y, new, y_new = task
     two = nn.Sequential(network, Odd())
     rails = RAILSClassifier(
@@ -147,7 +147,7 @@ class Odd(nn.Module):
         return (outputs.argmax(dim=1, keepdim=True) % 2).to(outputs.dtype) - 0.5
 
 
-def test_disagreement_by_hand():
+def test_class_margin_by_hand():
     flocked = torch.tensor([[[-1.0, -3.0], [-2.0, -4.0], [-5.0, -torch.inf]]])
     assert class_margin(flocked, torch.tensor([0])).item() == -1  # -2 against -3
     assert class_margin(flocked, torch.tensor([1])).item() == 1
@@ -157,7 +157,7 @@ def test_disagreement_by_hand():
     assert class_margin(flocked, torch.tensor([0])).item() == -1
 
 
-def test_what_cannot_be_arbitrated_is_named(task):
+def test_arbitration_without_a_suitable_network_raises(task):
     network, X, y, *_ = task
     with pytest.raises(ValueError, match=r"gate=Arbitration\(alpha=0.1\) needs a network"):
         RAILSClassifier(gate=Arbitration(0.1)).fit(X, y)
@@ -181,7 +181,7 @@ def test_what_cannot_be_arbitrated_is_named(task):
         rails.fit(X, y)
 
 
-def test_training_rows_that_judge_are_drawn_at_random():
+def test_calibration_samples_of_arbitration_are_drawn_at_random():
     """Every tenth row is of a kind of its own, as where each is followed by augmented ones."""
     rng = np.random.default_rng(0)
     y = np.arange(5000) % 10
@@ -215,7 +215,7 @@ class FirstOfTen(nn.Module):
         return nn.functional.one_hot(torch.where(x.sum(1) > 10, 0, other), 10).float()
 
 
-def test_features_of_many_rows_are_never_held_at_once(task, monkeypatch):
+def test_arbitration_holds_the_features_of_one_block_at_a_time(task, monkeypatch):
     network, X, y, new, _ = task
     rails = RAILSClassifier(network, gate=Arbitration(0.2), **CHEAP).fit(X, y)
     expected = rails.respond(new[:60]).p_values

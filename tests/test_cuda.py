@@ -129,7 +129,7 @@ def test_the_check_sees_what_it_is_for(faked):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("early_stopping", [True, False])
-def test_a_gpu_gives_the_answers_of_the_cpu(conv_net, digits, early_stopping):
+def test_predictions_on_a_gpu_equal_those_on_the_cpu(conv_net, digits, early_stopping):
     X, y = digits
     rails = RAILSClassifier(
         conv_net,
@@ -153,7 +153,7 @@ def test_a_gpu_gives_the_answers_of_the_cpu(conv_net, digits, early_stopping):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", DETECTORS)
-def test_a_gpu_gives_the_threat_scores_of_the_cpu(conv_net, digits, method):
+def test_threat_scores_on_a_gpu_equal_those_on_the_cpu(conv_net, digits, method):
     X, y = digits
     scorer = ThreatScorer(
         conv_net,

@@ -82,7 +82,7 @@ def test_ties_go_by_votes_and_then_by_distance():
     assert_array_equal(dknn.predict([[1.9], [2.1]]), [0, 1])
 
 
-def test_calibrating_against_all_others_by_hand():
+def test_leave_one_out_calibration_by_hand():
     dknn = DkNNClassifier(n_neighbors=2, calibration="leave-one-out", p_value="empirical")
     dknn.fit(X_LINE, Y_LINE)
     # Two nearest others: 0: 1 2 (0). 1: 0 2 (0). 2: 1 and, of 0 and 4 at 2, the first (0).
@@ -174,7 +174,7 @@ def test_calibration_samples_of_your_own_may_be_of_any_kind(labels, pair):
     assert_array_equal(dknn.p_values(X_LINE), on_a_line().p_values(X_LINE))
 
 
-def test_labels_that_only_look_like_a_class_are_named():
+def test_calibration_labels_of_another_type_raise():
     dknn = DkNNClassifier(calibration=([[0.0], [1.0]], ["0", "1"]))
     with pytest.raises(ValueError, match=r"y_cal has classes that y has not: \['0', '1'\]"):
         dknn.fit([[0.0], [1.0]], [0, 1])
@@ -247,13 +247,13 @@ def test_pickling_and_cloning(conv_net, digits):
         ({"calibration": np.array([X_CAL, X_CAL])}, "'calibration' parameter"),
         ({"calibration": ("ab", "cd")}, r"calibration=\(X_cal, y_cal\)"),
         ({"calibration": (X_CAL, ["a", "a", "b", "z"])}, r"classes that y has not: \['z'\]"),
-        ({"calibration": (X_CAL, ["a"])}, r"y_cal has shape \(1,\), but X_cal has 4 rows"),
+        ({"calibration": (X_CAL, ["a"])}, r"y_cal has shape \(1,\), but X_cal has 4 samples"),
         ({"calibration": (np.ones((2, 3)), ["a", "b"])}, "X_cal, y_cal.*3 features"),
         ({"p_value": "exact"}, "'p_value' parameter"),
         ({"n_neighbors": 0}, "'n_neighbors' parameter"),
     ],
 )
-def test_bad_parameters_are_named_and_leave_no_trace(params, message):
+def test_invalid_parameters_raise_and_change_nothing(params, message):
     dknn = on_a_line()
     expected = dknn.p_values(X_CAL)
     fitted = dict(vars(dknn))

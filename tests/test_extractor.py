@@ -91,7 +91,7 @@ def test_batch_size_changes_no_feature(conv_net, images, batch_size):
     assert_allclose(cut.fit_transform(images), whole.fit_transform(images), rtol=1e-12)
 
 
-def test_a_row_has_the_same_features_in_any_company(conv_net, images):
+def test_features_do_not_depend_on_the_batch(conv_net, images):
     extractor = TorchFeatureExtractor(conv_net, layers="conv2", input_shape=IMAGE, batch_size=32)
     together = extractor.fit_transform(images)
     alone = np.concatenate([extractor.transform(row[None]) for row in images])
@@ -251,19 +251,19 @@ class Twice(nn.Module):
         ({"module": Twice(), "layers": "unused", "input_shape": None}, "runs 0 times"),
     ],
 )
-def test_bad_parameters_are_named(conv_net, images, params, message):
+def test_invalid_parameters_raise(conv_net, images, params, message):
     extractor = TorchFeatureExtractor(conv_net, input_shape=IMAGE).set_params(**params)
     with pytest.raises(ValueError, match=message):
         extractor.fit(images)
 
 
-def test_what_is_no_network_is_named():
+def test_invalid_networks_raise():
     with pytest.raises(TypeError, match="module must be .* got int"):
         TorchFeatureExtractor(3).fit(np.ones((2, 2)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_that_is_not_there_raises(conv_net, images):
+def test_missing_cuda_raises(conv_net, images):
     with pytest.raises(ValueError, match="device='cuda' cannot be used: torch sees no CUDA"):
         TorchFeatureExtractor(conv_net, input_shape=IMAGE, device="cuda").fit(images)
 
@@ -284,7 +284,7 @@ def test_other_image_sizes_nan_and_infinity_are_refused(conv_net, images):
             extractor.transform(torch.tensor(spoilt))
 
 
-def test_a_network_that_gives_nan_is_named(images):
+def test_a_network_that_returns_nan_raises(images):
     class Log(nn.Module):
         def forward(self, x):
             return torch.log(x - 0.5)

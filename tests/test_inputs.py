@@ -61,7 +61,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_images_are_taken_in_every_form(network, task, form):
+def test_images_are_accepted_in_every_form(network, task, form):
     X, y = task
     given = FORMS[form](X)
     for estimator, ask in (
@@ -74,7 +74,7 @@ def test_images_are_taken_in_every_form(network, task, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
-def test_tensors_are_taken_in_every_type(network, task, dtype):
+def test_tensors_are_accepted_in_every_dtype(network, task, dtype):
     X, y = task
     X = torch.from_numpy(X * 10).to(dtype)
     expected = DkNNClassifier(network, layers="0", random_state=0).fit(X.float(), y)
@@ -101,7 +101,7 @@ def test_tensors_are_taken_in_every_type(network, task, dtype):
         (lambda X: X[0].transpose(1, 2, 0), r"pass X.transpose\(2, 0, 1\)\[None\]"),
     ],
 )
-def test_what_cannot_be_taken_is_named_with_the_way_out(network, task, make, message):
+def test_unsupported_input_raises_with_a_hint(network, task, make, message):
     X, y = task
     fitted = DkNNClassifier(network, layers="0", random_state=0).fit(X, y)
     with pytest.raises(ValueError, match=message):
@@ -117,7 +117,7 @@ def test_training_images_with_the_channels_last_get_a_hint(network, task):
 
 
 @pytest.mark.parametrize("y", [torch.zeros(60, device="meta"), torch.zeros(60).to_sparse()])
-def test_labels_that_hold_no_values_are_named(task, y):
+def test_labels_without_values_raise(task, y):
     with pytest.raises(ValueError, match="y must be a dense tensor that holds values"):
         DkNNClassifier().fit(task[0], y)
 
@@ -125,13 +125,13 @@ def test_labels_that_hold_no_values_are_named(task, y):
 @pytest.mark.parametrize(
     "shape", [(-3, -4), (0, 30), (3.9, 4.2), ("a",), (), (True, 20, 1.5), (np.float32(2.5), 8)]
 )
-def test_an_input_shape_that_is_none_is_named(task, shape):
+def test_invalid_input_shapes_raise(task, shape):
     X, y = task
     with pytest.raises(ValueError, match="input_shape=.* must hold positive integers"):
         DkNNClassifier(input_shape=shape).fit(X.reshape(60, -1), y)
 
 
-def test_scalars_of_numpy_are_taken_as_parameters(network, task):
+def test_numpy_scalars_are_accepted_as_parameters(network, task):
     X, y = task
     plain = {"population_size": 200, "n_neighbors": 3, "generations": 2, "plasma_fraction": 0.125}
     of_numpy = {
@@ -217,7 +217,7 @@ def test_token_ids_that_come_as_floats_get_a_hint(text):
         DkNNClassifier(nn.Sequential(nn.Embedding(50, 4), nn.Flatten())).fit(X % 50 / 1.0, y)
 
 
-def test_token_ids_cannot_be_squeezed_nor_bred(text):
+def test_token_ids_cannot_be_squeezed_or_mutated(text):
     network, X, y = text
     with pytest.raises(ValueError, match="feature_squeezing.*integers"):
         ThreatScorer(network, layers="head", method="feature_squeezing").fit(X, y)
@@ -256,14 +256,14 @@ def test_integers_are_numbers_for_a_network_that_takes_floats(network, task):
         (ThreatScorer(random_state=2**32), "'random_state' parameter"),
     ],
 )
-def test_a_wrong_parameter_is_named(task, estimator, message):
+def test_invalid_parameters_raise_with_their_name(task, estimator, message):
     X, y = task
     with pytest.raises((TypeError, ValueError), match=message):
         estimator.fit(X.reshape(60, -1), y)
     assert not hasattr(estimator, "layers_")
 
 
-def test_parameters_at_their_bounds_are_taken(task):
+def test_parameters_at_their_bounds_are_accepted(task):
     X, y = task
     X = X.reshape(60, -1)
     smallest = np.nextafter(0, 1)

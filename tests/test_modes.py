@@ -49,7 +49,7 @@ def task(digits):
     ],
     ids=str,
 )
-def test_every_mode_gives_the_labels_of_the_plain_path(task, mode, tmp_path):
+def test_every_mode_predicts_like_the_plain_path(task, mode, tmp_path):
     network, X, y, new, expected = task
     if getattr(mode.get("algorithm"), "storage", None) == "a folder":
         mode = {**mode, "algorithm": ExactNeighbors(tmp_path)}
@@ -74,7 +74,7 @@ def test_little_memory_one_row_at_a_time_and_a_bank_on_disk_give_the_same_labels
     assert_array_equal(mapped.predict(new), expected)
 
 
-def test_early_stopping_changes_next_to_no_label(task):
+def test_early_stopping_changes_almost_no_label(task):
     network, X, y, new, expected = task
     rails = RAILSClassifier(network, **{**PLAIN, "early_stopping": True}).fit(X, y)
     assert np.mean(rails.predict(new) == expected) >= 0.995
@@ -126,7 +126,7 @@ def test_features_in_a_folder_take_a_file_that_leaves_nothing_behind(task, tmp_p
         ),
     ],
 )
-def test_what_cannot_be_stored_so_is_named(task, settings, message):
+def test_unsupported_storage_raises(task, settings, message):
     network, X, y, _, _ = task
     with pytest.raises(ValueError, match=message):
         RAILSClassifier(network, **{**PLAIN, **settings}).fit(X, y)

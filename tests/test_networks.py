@@ -144,7 +144,7 @@ def test_features_are_those_of_a_plain_forward_pass(name):
 
 
 @in_zoo
-def test_nothing_of_the_user_is_changed(name):
+def test_network_and_data_of_the_user_are_unchanged(name):
     specimen = ZOO[name]
     network, X, y = make(specimen)
     before, original = snapshot(network), X.copy()
@@ -166,7 +166,7 @@ def test_nothing_of_the_user_is_changed(name):
 
 
 @in_zoo
-def test_estimators_answer_alike_alone_and_after_pickling(name):
+def test_predictions_are_the_same_alone_and_after_pickling(name):
     specimen = ZOO[name]
     network, X, y = make(specimen)
     for estimator in estimators(network, specimen):
@@ -215,7 +215,7 @@ def test_the_adaptive_attack_runs_through_every_network(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_supported_is_refused_in_fit(name):
+def test_unsupported_networks_raise_in_fit(name):
     specimen = REFUSED[name]
     network, X, y = make(specimen)
     for estimator in estimators(network, specimen):
@@ -226,7 +226,7 @@ def test_what_cannot_be_supported_is_refused_in_fit(name):
         assert not hasattr(estimator, "layers_")
 
 
-def test_what_cannot_be_copied_is_shared_and_named_when_pickled():
+def test_attributes_that_cannot_be_copied_are_shared_and_named_when_pickled():
     X, y = make(ZOO["identity"])[1:]
     for network in unpicklable():
         dknn = DkNNClassifier(network, n_neighbors=3, random_state=0).fit(X, y)
@@ -236,7 +236,7 @@ def test_what_cannot_be_copied_is_shared_and_named_when_pickled():
 
 
 @pytest.mark.parametrize("name", ["activation kept and used later", "observer in a buffer"])
-def test_threads_do_not_mix_up_what_a_network_keeps(name):
+def test_threads_do_not_share_state_of_a_pass(name):
     network, X, y = make(ZOO[name])
     X, y = np.tile(X, (8, 1)), np.tile(y, 8)
     settings = {"layers": "output", "population_size": 60, "random_state": 0, "batch_size": 16}
@@ -255,7 +255,7 @@ def test_an_autocast_of_the_caller_changes_nothing():
             assert_array_equal(getattr(estimator.fit(X, y), ask)(X), expected)
 
 
-def test_samples_that_a_network_fails_on_are_named():
+def test_samples_that_a_network_fails_on_raise():
     network, X, y = make(ZOO["token ids, mean of embeddings"])
     dknn = DkNNClassifier(network, layers="b", random_state=0).fit(X, y)
     with pytest.raises(ValueError, match="fails on some samples of X: IndexError: index out of"):

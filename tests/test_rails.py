@@ -41,7 +41,7 @@ def fitted(conv_net, split):
     return rails.fit(*split[:2])
 
 
-def test_it_classifies_digits(digits):
+def test_classifies_digits(digits):
     X, y = digits
     rails = RAILSClassifier(random_state=0).fit(X[:1000], y[:1000])
     nearest = KNeighborsClassifier(1).fit(X[:1000], y[:1000])
@@ -50,7 +50,7 @@ def test_it_classifies_digits(digits):
     )
 
 
-def test_scores_shares_and_predictions_agree(fitted, split):
+def test_decision_function_predict_proba_and_predict_agree(fitted, split):
     new = split[2]
     scores, shares = fitted.decision_function(new), fitted.predict_proba(new)
     response = fitted.respond(new)
@@ -69,7 +69,7 @@ def test_scores_shares_and_predictions_agree(fitted, split):
     assert len(np.unique(rest)) > 0.9 * rest.size
 
 
-def test_two_classes_have_one_score(split):
+def test_decision_function_of_two_classes_is_one_dimensional(split):
     X, y, new, _ = split
     rails = RAILSClassifier(**CHEAP).fit(X, y > 4)
     scores = rails.decision_function(new)
@@ -77,7 +77,7 @@ def test_two_classes_have_one_score(split):
     assert_array_equal(rails.predict(new), scores > 0)
 
 
-def test_a_response_holds_what_it_says(fitted, split):
+def test_response_fields_have_the_documented_shapes_and_values(fitted, split):
     new = split[2]
     response = fitted.respond(new)
     n_forward = 0
@@ -113,7 +113,7 @@ def test_affinity_rises_from_generation_to_generation(split):
     assert (curve[:, -1] > curve[:, 0]).all()
 
 
-def test_the_flocked_neighbours_are_the_nearest_of_each_class(split):
+def test_kneighbors_returns_the_nearest_of_each_class(split):
     X, y, new, _ = split
     y = np.where(y == 7, 8, y)
     few = np.r_[np.flatnonzero(y != 3), np.flatnonzero(y == 3)[:4]]
@@ -153,7 +153,9 @@ def exact():
     batch_size=st.sampled_from(["auto", 1, 7, 64, 1000]),
     n_jobs=st.sampled_from([None, 2, 3]),
 )
-def test_a_rows_answer_depends_on_the_row_alone(exact, order, size, batch_size, n_jobs):
+def test_predictions_do_not_depend_on_order_subset_batch_or_n_jobs(
+    exact, order, size, batch_size, n_jobs
+):
     rails, new = exact
     expected = rails.decision_function(new)
     rows = order[:size]
@@ -164,7 +166,7 @@ def test_a_rows_answer_depends_on_the_row_alone(exact, order, size, batch_size, 
     assert_allclose(other.decision_function(new[rows]), expected[rows], rtol=1e-9)
 
 
-def test_blocks_for_the_working_memory_change_nothing(fitted, split):
+def test_working_memory_changes_no_prediction(fitted, split):
     from sklearn import config_context
 
     whole = fitted.respond(split[2])
@@ -185,7 +187,7 @@ def test_fits_with_one_random_state_predict_alike(conv_net, split):
 
 
 @pytest.mark.parametrize("save", ["pickle", "joblib", "memory map", "deepcopy"])
-def test_saved_classifiers_predict_as_before(fitted, split, save, tmp_path):
+def test_saved_classifiers_predict_the_same(fitted, split, save, tmp_path):
     expected = fitted.decision_function(split[2])
     if save == "pickle":
         loaded = pickle.loads(pickle.dumps(fitted))
@@ -250,7 +252,7 @@ def test_cross_validation_and_calibration(split):
     assert_allclose(calibrated.predict_proba(new).sum(axis=1), 1)
 
 
-def test_the_extractors_own_layers_and_shape_are_taken(conv_net, split):
+def test_layers_and_shape_default_to_those_of_the_extractor(conv_net, split):
     X, y, new, _ = split
     extractor = TorchFeatureExtractor(conv_net, layers="conv2", input_shape=IMAGE)
     given = RAILSClassifier(extractor, **CHEAP).fit(X, y)
@@ -320,7 +322,7 @@ def test_every_algorithm_flocks_the_same_neighbours(split, algorithm, affinity):
     assert_array_equal(other.predict(new), expected.predict(new))
 
 
-def test_the_threat_is_reported_and_changes_no_prediction(split):
+def test_threat_scores_are_reported_and_change_no_prediction(split):
     X, y, new, _ = split
     plain = RAILSClassifier(**CHEAP).fit(X, y).predict_proba(new)
     scorer = ThreatScorer(random_state=0)
@@ -335,7 +337,7 @@ def test_the_threat_is_reported_and_changes_no_prediction(split):
     assert not hasattr(other.set_params(threat_scorer=None).fit(X, y), "threat_scorer_")
 
 
-def test_a_progress_bar_is_shown_when_asked_for(split, capsys):
+def test_verbose_shows_a_progress_bar(split, capsys):
     rails = RAILSClassifier(**CHEAP).fit(*split[:2])
     rails.predict(split[2])
     assert capsys.readouterr().err == ""
@@ -392,7 +394,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("params", "message"), BAD)
-def test_bad_parameters_are_named_and_a_failed_fit_leaves_no_trace(fitted, split, params, message):
+def test_invalid_parameters_raise_and_a_failed_fit_changes_nothing(fitted, split, params, message):
     X, y, new, _ = split
     expected = fitted.predict_proba(new)
     changing = {*params, "engine_"}
@@ -405,7 +407,7 @@ def test_bad_parameters_are_named_and_a_failed_fit_leaves_no_trace(fitted, split
     assert_array_equal(fitted.set_params(**good).predict_proba(new), expected)
 
 
-def test_bad_data_is_named_and_leaves_no_trace(fitted, split):
+def test_invalid_data_raises_and_changes_nothing(fitted, split):
     X, y, new, _ = split
     before = dict(vars(fitted))
     for bad_X, bad_y, message in (
@@ -430,7 +432,7 @@ def test_bad_data_is_named_and_leaves_no_trace(fitted, split):
         RAILSClassifier("resnet").fit(X, y)
 
 
-def test_a_temperature_that_is_given_counts_in_every_layer_as_a_float(conv_net, split):
+def test_tau_as_a_number_applies_to_every_layer(conv_net, split):
     X, y, _, _ = split
     rails = RAILSClassifier(conv_net, layers=["conv1", "conv2"], input_shape=IMAGE, tau=2)
     assert repr(rails.fit(X, y).tau_) == "{'conv1': 2.0, 'conv2': 2.0}"
@@ -443,7 +445,7 @@ class Manhattan(Affinity):
         return -(features - antigens[:, None]).abs().sum(dim=2)
 
 
-def test_an_affinity_of_your_own_needs_a_class_and_a_line_in_the_table(split, monkeypatch):
+def test_a_new_affinity_needs_one_class_and_one_line_in_the_table(split, monkeypatch):
     X, y, new, y_new = split
     monkeypatch.setitem(AFFINITIES, "manhattan", Manhattan)
     rails = RAILSClassifier(affinity="manhattan", random_state=0).fit(X, y)

@@ -136,7 +136,7 @@ def test_alarms_are_rare_in_a_few_fits(method):
     assert_rate_is_at_most(0.2, flagged)
 
 
-def test_labels_are_rarely_doubted_in_a_few_fits():
+def test_clean_samples_are_rarely_bred_in_a_few_fits():
     assert_valid(p_values_of_arbitration("unbalanced", 40, n_fits=60, n_new=20))
 
 
@@ -187,7 +187,7 @@ def test_few_samples_raise_few_alarms(method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "n"), [("balanced", 10), ("ties", 30), ("unbalanced", 60)])
-def test_labels_are_doubted_no_more_often_than_arbitration_says(kind, n):
+def test_clean_samples_are_bred_at_most_at_the_rate_alpha(kind, n):
     p_values = p_values_of_arbitration(kind, n, n_fits=500, n_new=40)
     assert_valid(p_values)
     assert (p_values <= 0.5).any()

@@ -41,7 +41,7 @@ def empty(response):
     return ImmuneResponse(**{name: cut(value) for name, value in vars(response).items()})
 
 
-def test_remembered_cells_are_flocked_as_training_rows_are(split, rails):
+def test_remembered_cells_are_flocked_like_training_samples(split, rails):
     X, y, new, y_new = split
     response = rails.respond(new)
     rails.remember(response, y_new)
@@ -63,7 +63,7 @@ def test_remembered_cells_are_flocked_as_training_rows_are(split, rails):
     assert_array_equal(other.predict_proba(new), rails.predict_proba(new))
 
 
-def test_responses_set_out_from_what_is_remembered(split, rails):
+def test_responses_start_from_remembered_cells_too(split, rails):
     _, _, new, _ = split
     before = rails.respond(new)
     rails.remember(before, confidence=0)
@@ -75,7 +75,7 @@ def test_responses_set_out_from_what_is_remembered(split, rails):
 
 
 @pytest.mark.parametrize("kind", ["confident", "all", "labelled"])
-def test_which_cells_are_remembered(split, rails, kind):
+def test_remember_keeps_confident_or_correct_cells(split, rails, kind):
     _, _, new, y_new = split
     blurred = (new + new[::-1]) / 2
     response = rails.respond(blurred)
@@ -126,7 +126,7 @@ def test_memories_of_an_empty_response_and_of_the_same_one_again(split, rails):
     assert_array_equal(rails.memory_["input"].cells, bank.cells)
 
 
-def test_nothing_is_remembered_of_what_does_not_fit(split, rails, conv_net):
+def test_remember_refuses_a_response_of_another_estimator(split, rails, conv_net):
     X, y, new, y_new = split
     response = rails.respond(new)
     rails.remember(response)
@@ -158,7 +158,7 @@ def test_nothing_is_remembered_of_what_does_not_fit(split, rails, conv_net):
 
 
 @pytest.mark.parametrize("start_layer", [None, "conv1"])
-def test_rows_that_come_in_parts_are_as_good_as_all_at_once(split, conv_net, start_layer):
+def test_partial_fit_in_parts_equals_fit_on_all_samples(split, conv_net, start_layer):
     X, y, new, _ = split
     y = np.array(list("abcdefghij"))[y]
     late = np.isin(y, ["b", "i"])  # the first part has no row of these
@@ -181,7 +181,7 @@ def test_rows_that_come_in_parts_are_as_good_as_all_at_once(split, conv_net, sta
     assert_array_equal(parts.respond(new).threat, whole.respond(new).threat)
 
 
-def test_what_is_remembered_outlives_more_data(split):
+def test_memory_survives_partial_fit(split):
     X, y, new, _ = split
     first = y < 8
     rails = RAILSClassifier(**CHEAP).fit(X[first], y[first] * 10)
@@ -198,7 +198,7 @@ def test_what_is_remembered_outlives_more_data(split):
     assert (rails.kneighbors(new)[1]["input"] >= len(X)).any()
 
 
-def test_unknown_classes_are_told_and_change_nothing(split):
+def test_unknown_classes_raise_and_change_nothing(split):
     X, y, new, _ = split
     rails = RAILSClassifier(**CHEAP)
     with pytest.raises(ValueError, match=r"y has labels that are not among classes: \[9\]"):
@@ -257,7 +257,7 @@ def test_strings_are_strings_in_every_form(split, kinds):
 
 
 @pytest.mark.parametrize("settings", [{}, {"gate": Arbitration(0.3), "layers": "input"}])
-def test_a_class_without_samples_is_there_and_never_predicted(split, settings):
+def test_a_class_without_samples_is_known_and_never_predicted(split, settings):
     X, y, new, _ = split
     some = y < 4
     network = torch.nn.Linear(64, 10) if "gate" in settings else None

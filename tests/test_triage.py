@@ -34,7 +34,7 @@ def fitted(task):
     ]
 
 
-def test_alarms_are_bred_and_neighbours_vote_on_all_else(task, fitted):
+def test_triage_breeds_flagged_samples_and_lets_neighbours_vote_on_the_rest(task, fitted):
     *_, y, rows = task
     screening, breeding = fitted
     alarm = screening.threat_scorer_.predict(rows) == -1
@@ -53,7 +53,7 @@ def test_alarms_are_bred_and_neighbours_vote_on_all_else(task, fitted):
     assert (scores[~alarm].argmax(axis=1) != breeding.predict(rows)[~alarm]).any()
 
 
-def test_answers_agree_with_each_other(task, fitted):
+def test_triage_is_consistent_across_methods(task, fitted):
     *_, rows = task
     screening = fitted[0]
     response = screening.respond(rows)
@@ -64,7 +64,7 @@ def test_answers_agree_with_each_other(task, fitted):
     assert_array_equal(again.predict_proba(rows), response.proba)
 
 
-def test_only_alarms_go_through_the_network_as_cells(task, fitted, monkeypatch):
+def test_triage_breeds_only_flagged_samples(task, fitted, monkeypatch):
     *_, rows = task
     n_rows = []
     mature = layer.mature
@@ -79,7 +79,7 @@ def test_only_alarms_go_through_the_network_as_cells(task, fitted, monkeypatch):
     assert sum(n_rows) == len(fitted[0].layers_) * n_alarms
 
 
-def test_neighbours_that_are_not_there_have_no_vote():
+def test_missing_neighbours_have_no_vote():
     X = np.array([[0.0, 0.0], [0.1, 0.0], [1.0, 1.0]])
     rails = RAILSClassifier(
         threat_scorer=IsolationForest(contamination=0.34, random_state=0),
@@ -92,7 +92,7 @@ def test_neighbours_that_are_not_there_have_no_vote():
     assert_array_equal(np.floor(scores), [[2, 1]])
 
 
-def test_what_triage_cannot_do_without_is_told(task):
+def test_triage_without_a_threat_scorer_raises(task):
     network, X, y, rows = task
     with pytest.raises(ValueError, match=r"gate=Triage\(\) needs .* got threat_scorer=None"):
         RAILSClassifier(network, gate=Triage()).fit(X, y)
@@ -138,7 +138,7 @@ def on_two_classes(answer):
     ],
     ids=["list", "tuple of floats", "int8", "tensor"],
 )
-def test_alarms_may_be_any_sequence_of_numbers(answer):
+def test_predictions_of_a_scorer_may_be_any_sequence_of_numbers(answer):
     assert_array_equal(on_two_classes(answer), on_two_classes(np.array([-1, 1, -1, 1])))
     assert (on_two_classes(answer) != on_two_classes(np.ones(4))).any()
 
@@ -162,14 +162,14 @@ def test_alarms_may_be_any_sequence_of_numbers(answer):
     ],
     ids=str,
 )
-def test_predictions_that_are_no_alarms_are_named(answer):
+def test_invalid_predictions_of_a_scorer_raise(answer):
     with pytest.raises(
         ValueError, match=r"threat_scorer: predict must return -1 .* for each of the 4 samples, got"
     ):
         on_two_classes(answer)
 
 
-def test_threat_scores_are_numbers():
+def test_invalid_threat_scores_raise():
     assert_array_equal(check_threat_scores([1, -np.inf, np.inf], 3), [1, -np.inf, np.inf])
     for wrong in (None, 1.0, [1.0], [[1.0]] * 3, [1, 2, np.nan], ["1", "2", "3"]):
         with pytest.raises(ValueError, match="threat_scorer: score_samples must return a number"):

@@ -41,7 +41,7 @@ def test_tensors_are_checked_as_arrays_are(as_if_on_gpu):
         (torch.ones(2, 2), None, "y"),
     ],
 )
-def test_bad_tensors_are_named(as_if_on_gpu, X, y, message):
+def test_invalid_tensors_raise(as_if_on_gpu, X, y, message):
     with pytest.raises(ValueError, match=message):
         _validation.validate_fit_rows(RAILSClassifier(), X, y, input_shape=None)
 

@@ -346,7 +346,7 @@ class ImmuneEngine:
 
 
 def _move(layers: tuple[ResponseLayer, ...], device: torch.device) -> tuple[ResponseLayer, ...]:
-    """Bring the cells of loaded layers to the device of their network, one copy for all."""
+    """Move the cells of loaded layers to the device of their network, one copy for all."""
     bank = layers[0].bank.to(device)
     domain = layers[0].domain.on(bank.cells)
     return tuple(replace(layer, bank=bank, domain=domain) for layer in layers)

@@ -90,7 +90,7 @@ class Arbitration(BaseEstimator):
     def calibrate(
         self, layers: Sequence[ResponseLayer], X: NDArray[Any] | torch.Tensor, seed: int
     ) -> Arbitration:
-        """Judge the network's predictions for training samples.
+        """Calibrate by the network's predictions for training samples.
 
         Parameters
         ----------

@@ -108,7 +108,7 @@ class Detector(PicklesToCPU):
             )
 
     def fit(self, clean: CleanSamples) -> Self:
-        """Learn from clean samples.
+        """Fit to clean samples.
 
         Parameters
         ----------

@@ -13,7 +13,7 @@ from sklearn_rails.immune.consensus import (
 from sklearn_rails.immune.operators import replace_non_finite, unanimous_class
 
 
-def test_the_elite_is_the_top_share_and_never_empty():
+def test_top_count_is_at_least_one():
     assert top_count(0.05, 200) == 10
     assert top_count(0.05, 201) == 11
     assert top_count(0.07, 100) == 7
@@ -21,12 +21,12 @@ def test_the_elite_is_the_top_share_and_never_empty():
     assert top_count(1.0, 3) == 3
 
 
-def test_ties_among_the_fittest_go_by_position():
+def test_ranking_breaks_ties_by_position():
     affinity = torch.tensor([[-1.0, -0.5, -1.0, -0.5, -2.0]])
     assert rank_by_affinity(affinity, 4).tolist() == [[1, 3, 0, 2]]
 
 
-def test_plasma_is_unanimous_or_not():
+def test_unanimous_class_of_the_plasma():
     affinity = torch.tensor([[-1.0, -2.0, -3.0]] * 2)
     labels = torch.tensor([[1, 1, 2], [0, 2, 2]])
     assert unanimous_class(affinity, labels, 2).tolist() == [1, -1]
@@ -47,7 +47,7 @@ def test_a_class_that_died_out_has_the_affinity_of_its_nearest_neighbour():
     affinity=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6),
     tau=st.floats(1e-6, 1e3),
 )
-def test_less_than_half_a_vote_goes_by_affinity(affinity, tau):
+def test_tie_break_is_less_than_half_a_vote(affinity, tau):
     affinity = torch.tensor([affinity], dtype=torch.float64)
     term = tie_break(affinity, tau)
     assert ((term >= 0) & (term <= 0.5)).all()
@@ -55,7 +55,7 @@ def test_less_than_half_a_vote_goes_by_affinity(affinity, tau):
     assert (np.diff(term[0].numpy()[order]) >= 0).all()
 
 
-def test_the_term_does_not_level_off():
+def test_tie_break_does_not_level_off():
     near = tie_break(torch.tensor([[-1.0, -1000.0]]), 0.1)
     nearer = tie_break(torch.tensor([[-1.0, -1001.0]]), 0.1)
     assert near[0, 1] > nearer[0, 1] > 0
@@ -75,7 +75,7 @@ def test_cells_without_an_affinity_come_last_and_do_not_vote():
     ]
 
 
-def test_a_fraction_of_any_number_type_counts_the_elite():
+def test_top_count_accepts_any_number_type():
     for kind in (np.float16, np.float32, np.float64):
         assert top_count(kind(0.1), np.uint8(200)) in (20, 21)
         assert top_count(kind(1), 10**6) == 10**6

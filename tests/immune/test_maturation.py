@@ -53,7 +53,7 @@ def test_classes_share_the_cells_evenly(n_classes, more):
     assert quota == sorted(quota, reverse=True)
 
 
-def test_cells_are_spread_evenly_over_the_neighbours_that_are_there():
+def test_cells_are_spread_evenly_over_the_neighbours():
     index = torch.tensor([[[7, 3, 5], [2, -1, -1]], [[1, 0, 4], [6, -1, -1]]])
     parents, labels = clone_neighbors(index, 9)
     assert labels.tolist() == [0] * 5 + [1] * 4
@@ -152,7 +152,7 @@ def test_operators_keep_shapes_elements_and_bounds(seed, crossover, tau):
     assert torch.equal(moved[untouched], children[untouched])
 
 
-def test_the_fitter_parent_gives_more():
+def test_the_fitter_parent_contributes_more():
     n_features = 20_000
     cells = torch.stack([torch.zeros(n_features), torch.ones(n_features)])[None].double()
     affinity = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
@@ -200,7 +200,7 @@ def breed(seed, n_rows, *, early_stopping, rows=None):
 
 @quick
 @given(seed=st.integers(0, 10**6), order=st.permutations(range(8)), size=st.integers(1, 8))
-def test_a_row_matures_alike_in_any_company(seed, order, size):
+def test_maturation_does_not_depend_on_the_batch(seed, order, size):
     whole = breed(seed, 8, early_stopping=True)
     rows = torch.tensor(order[:size])
     part = breed(seed, 8, early_stopping=True, rows=rows)
@@ -212,7 +212,7 @@ def test_a_row_matures_alike_in_any_company(seed, order, size):
 
 @quick
 @given(seed=st.integers(0, 10**6))
-def test_early_stopping_cuts_the_same_course_short(seed):
+def test_early_stopping_stops_the_same_course_earlier(seed):
     full, short = breed(seed, 6, early_stopping=False), breed(seed, 6, early_stopping=True)
     assert (full.n_generations == 5).all()
     for row, last in enumerate(short.n_generations.tolist()):
@@ -354,7 +354,7 @@ def test_a_population_without_any_affinity_is_refused():
 
 
 @pytest.mark.parametrize("clip", [("a", "b"), (1, 0), (0, 1, 2), (np.nan, 1), 3])
-def test_bounds_that_are_none_are_named(clip):
+def test_invalid_clip_raises(clip):
     with pytest.raises(ValueError, match="clip=.*must be 'auto', None or a pair"):
         find_domain(torch.rand(5, 2), clip)
 
