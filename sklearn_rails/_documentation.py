@@ -7,8 +7,7 @@ T = TypeVar("T")
 
 SHARED_DOCUMENTATION = {
     "feature_extractor": """
-        feature_extractor : None, torch.nn.Module, fitted skorch net, FrozenModule or \\
-                TorchFeatureExtractor, default=None
+        feature_extractor : Module, skorch net, FrozenModule or TorchFeatureExtractor, default=None
             The fitted network. None takes the input itself as the only layer.""",
     "input_shape": """
         input_shape : tuple of int, default=None

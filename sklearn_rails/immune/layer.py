@@ -199,7 +199,7 @@ class ResponseLayer:
 
         Returns
         -------
-        torch.Tensor of shape (*index.shape, n_features)
+        torch.Tensor of shape (..., n_features)
             A copy.
         """
         n_train = len(self.bank.cells)

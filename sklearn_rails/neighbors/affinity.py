@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .base import Affinity, DistanceAffinity, ProductAffinity, product_rounding
 from .geometry import Geometry
-from .norms import dtype_name, is_within, norm, normalize_rows, replace_non_finite
+from .norms import dtype_name, is_within, norm, normalize_rows
 
 __all__ = [
     "AFFINITIES",
@@ -32,9 +32,6 @@ __all__ = [
     "Cosine",
     "Euclidean",
     "InnerProduct",
-    "norm",
-    "normalize_rows",
-    "replace_non_finite",
     "resolve_affinity",
 ]
 

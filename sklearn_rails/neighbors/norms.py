@@ -1,4 +1,4 @@
-"""Norms of vectors however large or small, and the rule for affinities that are not finite."""
+"""Norms of vectors however large or small."""
 
 import torch
 from torch import Tensor
@@ -55,22 +55,6 @@ def normalize_rows(vectors: Tensor) -> Tensor:
     scaled = vectors / torch.where(largest > 0, largest, 1)
     lengths = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return scaled / torch.where(lengths > 0, lengths, 1)
-
-
-def replace_non_finite(affinity: Tensor) -> Tensor:
-    """Return affinities by the rule for non-finite ones: NaN is minus infinity, no plus infinity.
-
-    Parameters
-    ----------
-    affinity : torch.Tensor
-
-    Returns
-    -------
-    torch.Tensor
-    """
-    return affinity.nan_to_num(
-        nan=-torch.inf, posinf=torch.finfo(affinity.dtype).max, neginf=-torch.inf
-    )
 
 
 def is_within(norms: Tensor, smallest: float) -> bool:

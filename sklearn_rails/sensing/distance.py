@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..neighbors.affinity import norm
+from ..neighbors.norms import norm
 from ..neighbors.votes import nearest
 from .base import BLOCK_BYTES, NeighborDetector
 from .samples import CleanSamples, Query

@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 from .._blocks import block_slices
 from .._conformal import sample_rows
 from ..features.mapping import FeatureMap
-from ..neighbors.affinity import norm
 from ..neighbors.index import ClassNeighbors
+from ..neighbors.norms import norm
 from ..neighbors.votes import nearest
 
 # Number of clean samples of which the typical radius and the center of a class are medians.

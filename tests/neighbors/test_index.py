@@ -12,9 +12,9 @@ from sklearn.base import BaseEstimator
 from sklearn.neighbors import KNeighborsTransformer, NearestNeighbors
 
 from sklearn_rails.neighbors import ClassNeighbors, ExactNeighbors, exact
-from sklearn_rails.neighbors.affinity import norm, normalize_rows
 from sklearn_rails.neighbors.index import merge_flocks
 from sklearn_rails.neighbors.leave_one_out import kneighbors_leave_one_out
+from sklearn_rails.neighbors.norms import norm, normalize_rows
 from sklearn_rails.neighbors.search import Search
 
 
