@@ -48,4 +48,4 @@ reproduce: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/results demo_results
+	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/api/backreferences docs/results demo_results

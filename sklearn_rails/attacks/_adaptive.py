@@ -138,9 +138,12 @@ class AdaptiveKNNAttack:
     >>> digits = load_digit_images()
     >>> X, y = digits.X_train, digits.y_train
     >>> dknn = DkNNClassifier(n_neighbors=5, calibration="leave-one-out").fit(X, y)
-    >>> attack = AdaptiveKNNAttack(dknn, X, y, eps=0.3, max_iter=20, n_restarts=2, random_state=0)
+    >>> attack = AdaptiveKNNAttack(
+    ...     dknn, X, y, eps=0.3, max_iter=20, n_restarts=2, random_state=0
+    ... )
     >>> X_test, y_test = digits.X_test[:20], digits.y_test[:20]
-    >>> dknn.score(X_test, y_test), dknn.score(attack.generate(X_test, y_test), y_test)
+    >>> X_attacked = attack.generate(X_test, y_test)
+    >>> dknn.score(X_test, y_test), dknn.score(X_attacked, y_test)
     (1.0, 0.0)
     """
 
