@@ -1,4 +1,4 @@
-"""Small tables for the page "Reproducing the paper", from the files in benchmarks/results."""
+"""Small tables for the documentation, from the files in benchmarks/results."""
 
 import csv
 from pathlib import Path
@@ -37,7 +37,7 @@ DETECTORS = {
 
 
 def write_tables(results, target):
-    """Write the tables of the page, and the complete files to download.
+    """Write the tables of the pages, and the complete files to download.
 
     Parameters
     ----------
@@ -58,6 +58,7 @@ def write_tables(results, target):
         "adaptive": adaptive_table(files["attacks"]),
         "parts": parts_table(files["study"]),
         "detection": detection_table(files["detect"]),
+        "passes": passes_table(files),
     }
     (target / "small").mkdir(exist_ok=True)
     for name, rows in tables.items():
@@ -144,4 +145,28 @@ def detection_table(rows):
             for inputs in ("PGD", "adaptive, on RAILS")
         ]
         table.append([name, *(row["auroc"] for row in found)])
+    return table
+
+
+def passes_table(files):
+    """Return accuracy and forward passes of the authors' schedule and of shorter ones."""
+    schedules = {
+        "T 1,000, G 10": ("1000", "10", "False"),
+        "T 150, G 10, stopped": ("150", "10", "True"),
+        "T 150, G 3, stopped": ("150", "3", "True"),
+    }
+    table = [["", *schedules]]
+    for network in ("mnist", "svhn", "cifar10", "digits"):
+        cells = []
+        for size, generations, stopping in schedules.values():
+            row = select(
+                files[f"passes_{network}"],
+                population_size=size,
+                contested_size="",
+                generations=generations,
+                early_stopping=stopping,
+            )
+            clean, robust = (100 * float(row[f"{kind}_accuracy"]) for kind in ("clean", "robust"))
+            cells.append(f"{clean:.1f} / {robust:.1f}, {float(row['forward_passes']):,.0f}")
+        table.append([NETWORKS.get(network, network), *cells])
     return table
