@@ -70,7 +70,11 @@ html_theme = "pydata_sphinx_theme"
 html_title = "sklearn_rails"
 html_logo = "images/logo.svg"
 html_favicon = "images/logo.svg"
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 html_show_sourcelink = False
+# The theme reports an error if there is no mode, as at the first visit.
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "logo": {"text": "sklearn_rails"},
     "header_links_before_dropdown": 6,
