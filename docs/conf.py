@@ -43,6 +43,10 @@ autodoc_default_options = {
     "exclude-members": "set_fit_request, set_partial_fit_request, set_score_request, "
     "set_transform_request",
 }
+# The docstrings have them, in words.
+autodoc_typehints = "none"
+# One parameter on a line where a signature is longer.
+python_maximum_signature_line_length = 79
 # autodoc lists them.
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {"all", "ES01", "EX01", "SA01", "SA04", "GL08"}
@@ -73,6 +77,8 @@ html_favicon = "images/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["narrow.css"]
 html_show_sourcelink = False
+# Pages without others below them have nothing to show there.
+html_sidebars = {name: [] for name in ("index", "install", "reproduce", "whats_new")}
 # The theme reports an error if there is no mode, as at the first visit.
 html_context = {"default_mode": "auto"}
 html_theme_options = {

@@ -84,6 +84,13 @@ def is_broken(link, address):
     return bool(fragment) and path.suffix == ".html" and unquote(fragment) not in ids_of(path)
 
 
+# What sticks out of the window, though the theme may hide it in a box that scrolls. Code may.
+OVERFLOWING = """
+const sticksOut = element => element.getBoundingClientRect().right > window.innerWidth + 1;
+return [...document.querySelectorAll(".bd-main *, .bd-header *, .bd-footer *")]
+  .filter(element => element.checkVisibility() && sticksOut(element) && !element.closest("pre"))
+  .map(element => element.outerHTML.slice(0, 200));
+"""
 LOAD_IMAGES = """
 const done = arguments[0];
 const images = [...document.images];
@@ -101,6 +108,7 @@ def test_page_shows_without_faults(browser, address, page, width):
     browser.get(f"{address}/{page}")
 
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(OVERFLOWING) == []
     assert browser.execute_async_script(LOAD_IMAGES) == []
     links = browser.execute_script("return [...document.links].map(link => link.href)")
     assert [link for link in links if is_broken(link, address)] == []
