@@ -164,7 +164,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     >>> from sklearn_rails import RAILSClassifier
     >>> X, y = load_digits(return_X_y=True)
     >>> X = X / 16
-    >>> rails = RAILSClassifier(population_size=100, random_state=0).fit(X[:1000], y[:1000])
+    >>> rails = RAILSClassifier(population_size=100, random_state=0)
+    >>> _ = rails.fit(X[:1000], y[:1000])
     >>> round(rails.score(X[1000:1050], y[1000:1050]), 1)
     1.0
     """

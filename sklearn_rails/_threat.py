@@ -148,7 +148,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     >>> from sklearn.datasets import load_digits
     >>> from sklearn_rails import ThreatScorer
     >>> X, y = load_digits(return_X_y=True)
-    >>> scorer = ThreatScorer(method="distance", random_state=0).fit(X[:1000], y[:1000])
+    >>> scorer = ThreatScorer(method="distance", random_state=0)
+    >>> _ = scorer.fit(X[:1000], y[:1000])
     >>> noise = np.random.default_rng(0).uniform(0, 16, size=(20, 64))
     >>> bool((scorer.predict(noise) == -1).all())
     True

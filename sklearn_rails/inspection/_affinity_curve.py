@@ -71,8 +71,11 @@ class AffinityCurveDisplay:
     >>> rails = RAILSClassifier(
     ...     population_size=50, generations=5, early_stopping=False, random_state=0
     ... ).fit(X[:500], y[:500])
-    >>> digits, negatives = rails.respond(X[500:510]), rails.respond(1 - X[500:510])
-    >>> AffinityCurveDisplay.from_response({"digits": digits, "negatives": negatives})
+    >>> digits = rails.respond(X[500:510])
+    >>> negatives = rails.respond(1 - X[500:510])
+    >>> AffinityCurveDisplay.from_response(
+    ...     {"digits": digits, "negatives": negatives}
+    ... )
     <...>
     >>> plt.show()
     """
