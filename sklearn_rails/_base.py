@@ -53,6 +53,7 @@ FIT_PARAMETERS = (
     "algorithm",
     "calibration",
     "feature_extractor",
+    "method",
     "module",
     "random_state",
     "threat_scorer",
