@@ -135,7 +135,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
 
     See Also
     --------
-    RAILSClassifier : Takes a scorer as its ``threat_scorer``.
+    RAILSClassifier : Takes a scorer as its ``threat_scorer``, and predicts with alarms.
     DkNNClassifier : Returns the credibility of its predictions.
 
     Notes
@@ -155,6 +155,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     network gives NaN or infinity, if a method's score is NaN, or if it is infinite and no
     calibration sample had the same infinity. Its threat is 1,000,000 or more, and finite. At most
     one in n + 1 clean samples has such an infinite score, for n calibration samples.
+
+    As the ``threat_scorer`` of a :class:`~sklearn_rails.RAILSClassifier`, it takes what it leaves
+    open from there: the network if ``feature_extractor`` is None, ``layers``, ``input_shape``,
+    ``device``, ``batch_size``, and a seed. To score the input, set ``layers="input"``. A scorer
+    with another network takes the seed alone.
 
     References
     ----------
