@@ -24,6 +24,7 @@ from ._compat import Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
 from ._documentation import document
 from ._validation import plain_labels
+from .features.layer_choice import LayerScores, score_layers
 from .neighbors import ClassNeighbors
 from .neighbors.votes import neighbor_votes
 
@@ -39,9 +40,9 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     Parameters
     ----------
     %(feature_extractor)s
-    layers : str or sequence of str, default=None
-        Layers that vote, as in ``module.named_modules()``. None takes the extractor's own layers,
-        else the network's output.
+    layers : "auto", str, sequence of str or None, default="auto"
+        Layers that vote, as in ``module.named_modules()``.
+        %(layers_auto)s
     n_neighbors : int, default=75
         Neighbours in each layer (k). Clipped where there are fewer training examples.
     calibration : float, "leave-one-out" or tuple (X_cal, y_cal), default=0.1
@@ -77,6 +78,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     classes_ : ndarray of shape (n_classes,)
         The class labels.
     %(fitted)s
+    %(layer_scores)s
     n_neighbors_ : int
         Neighbours in each layer.
     n_calibration_ : int
@@ -142,11 +144,13 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         "random_state": ["random_state"],
     }
 
+    layer_scores_: LayerScores | None
+
     def __init__(
         self,
         feature_extractor: object = None,
         *,
-        layers: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = "auto",
         n_neighbors: int = 75,
         calibration: float | str | tuple[Any, Any] = 0.1,
         p_value: str = "conformal",
@@ -194,7 +198,9 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             the device does not exist, or no sample is left to calibrate with. The estimator is then
             as it was before.
         """
-        samples, labels = prepare_fit(self, X, y, network=self.feature_extractor)
+        samples, labels = prepare_fit(
+            self, X, y, network=self.feature_extractor, score=score_layers
+        )
         self.classes_, labels = np.unique(labels, return_inverse=True)
         train, self_index = np.arange(len(labels)), None
         if isinstance(self.calibration, tuple | list):

@@ -26,6 +26,7 @@ from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._documentation import document
 from ._threat import ThreatScorer
 from ._validation import check_known_labels, validate_labels
+from .features.layer_choice import LayerScores, score_layers
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
 from .immune.alarms import check_alarms, check_threat_scores
 from .immune.build import build_engine
@@ -63,9 +64,10 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     Parameters
     ----------
     %(feature_extractor)s
-    layers : str or sequence of str, default=None
+    layers : "auto", str, sequence of str or None, default="auto"
         Hidden layers, as in ``module.named_modules()``; each has a population of its own, and all
-        of them vote. None takes the extractor's own layers, else the network's output.
+        of them vote.
+        %(layers_auto)s
     n_neighbors : int, default=10
         Number of neighbours of each class in a layer (k). Clipped where a class has fewer training
         examples.
@@ -145,6 +147,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     classes_ : ndarray of shape (n_classes,)
         The class labels.
     %(fitted)s
+    %(layer_scores)s
     tau_ : dict of str to float
         The temperature in each layer.
     n_neighbors_ : ndarray of shape (n_classes,)
@@ -219,6 +222,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         "verbose": ["verbose"],
     }
 
+    layer_scores_: LayerScores | None
     engine_: ImmuneEngine
     _labels: NDArray[np.int64]
     _rows: Any
@@ -227,7 +231,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         self,
         feature_extractor: object = None,
         *,
-        layers: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = "auto",
         n_neighbors: int = 10,
         population_size: int | str = "auto",
         generations: int = 3,
@@ -314,6 +318,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             network=self.feature_extractor,
             start_layer=self.start_layer,
             with_output=getattr(self.gate, "needs_network", False),
+            score=score_layers,
         )
         named = self.__dict__.pop("_named_classes", None)  # by partial_fit
         self._classes_are_named = named is not None
