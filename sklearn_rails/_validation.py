@@ -96,7 +96,7 @@ def validate_fit_rows(
     TypeError, ValueError
         If X, y or ``input_shape`` does not fit.
     """
-    expected = _check_shape(input_shape)
+    expected = check_shape(input_shape)
     flat, shape = flatten(X)
     if expected is not None and len(shape) > 1 and shape != expected:
         raise ValueError(
@@ -154,7 +154,22 @@ def check_known_labels(y: ArrayLike, classes: ArrayLike, source: str) -> None:
         raise ValueError(f"y has labels that are not among {source}: {unknown}.")
 
 
-def _check_shape(input_shape: Iterable[int] | None) -> tuple[int, ...] | None:
+def check_shape(input_shape: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Check the ``input_shape`` parameter.
+
+    Parameters
+    ----------
+    input_shape : iterable of int, or None
+
+    Returns
+    -------
+    tuple of int, or None
+
+    Raises
+    ------
+    ValueError
+        If it does not hold positive integers.
+    """
     if input_shape is None:
         return None
     sizes = tuple(plain_scalar(size) for size in input_shape)

@@ -127,6 +127,11 @@ class FeatureMap:
         """The name of the network's own output."""
         return self._followed.network.output
 
+    @property
+    def batch_size(self) -> int:
+        """Number of samples that go through the network together."""
+        return self._layouts.of_samples.batch_size
+
     @functools.cached_property
     def row_bytes(self) -> int:
         """Size of the features of one sample, in bytes; known after :meth:`probe`."""

@@ -138,15 +138,15 @@ def make_robust_scorer(
     >>> import torch
     >>> from sklearn.model_selection import GridSearchCV
     >>> from sklearn_rails import DkNNClassifier
+    >>> from sklearn_rails.attacks import pgd
     >>> from sklearn_rails.datasets import load_digit_images
-    >>> from sklearn_rails.demo import pgd
     >>> from sklearn_rails.metrics import make_robust_scorer
     >>> digits = load_digit_images()
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     >>> search = GridSearchCV(
     ...     DkNNClassifier(network, layers="input", random_state=0),
     ...     {"n_neighbors": [5, 20]},
-    ...     scoring={"clean": "accuracy", "robust": make_robust_scorer(partial(pgd, max_iter=5))},
+    ...     scoring={"clean": "accuracy", "robust": make_robust_scorer(partial(pgd, eps=0.2))},
     ...     refit="robust",
     ...     cv=2,
     ... ).fit(digits.X_train[:300], digits.y_train[:300])
