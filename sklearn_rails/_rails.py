@@ -137,6 +137,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ``classes_``.
     engine_ : ImmuneEngine
         What ``fit`` builds and ``predict`` runs, immutable.
+    training_data_ : tuple of ndarray
+        The training samples, of shape (n, n_features), and their classes.
     seed_ : int
         The random numbers are a function of it, the layer and the generation.
     threat_scorer_ : estimator
@@ -526,6 +528,13 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         empty = {layer: bank.emptied() for layer, bank in engine.memory.items()}
         self.engine_ = engine.with_memory(empty)
         return self
+
+    @property
+    def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The samples that the classifier was fitted on, (n, n_features), and their classes."""
+        rows = self.engine_.layers[0].bank.cells if self._rows is None else self._rows
+        rows = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
+        return rows, self.classes_[self._labels]
 
     @property
     def neighbors_(self) -> dict[str, ClassNeighbors]:

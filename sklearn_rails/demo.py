@@ -286,7 +286,6 @@ def run(options: argparse.Namespace) -> None:
         # All generations, so that the curves have their full length.
         clone(classifiers["RAILS"]).set_params(early_stopping=False).fit(X_train, y_train),
         X_attacked[first],
-        X_train=X_train,
         network_labels=network_labels[first],
         y=y_test[first],
     )

@@ -129,7 +129,6 @@ first = np.flatnonzero(fooled)[:4]
 ImmuneResponseDisplay.from_estimator(
     classifiers[f"RAILS, {hidden}"],
     X_attacked[first],
-    X_train=X_train,
     network_labels=net.predict(X_attacked[first]),
     y=y_test[first],
 )
