@@ -82,7 +82,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     n_calibration_ : int
         Number of calibration samples.
     training_data_ : tuple of ndarray
-        The training samples, of shape (n, n_features), and their classes; not in a pickled
+        The training samples, of shape (n, *input_shape), and their classes; not in a pickled
         estimator.
 
     See Also
@@ -317,7 +317,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
 
     @property
     def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The samples that ``fit`` got, of shape (n, n_features), and their classes."""
+        """The samples that ``fit`` got, of shape (n, *input_shape), and their classes."""
         if self._training_data is None:
             raise AttributeError(
                 "A loaded DkNNClassifier has the features of its training samples, but not the "
@@ -325,7 +325,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             )
         samples, labels = self._training_data
         samples = samples.cpu().numpy() if isinstance(samples, torch.Tensor) else samples
-        return samples, self.classes_[labels]
+        return samples.reshape(len(samples), *self.input_shape_), self.classes_[labels]
 
     def __getstate__(self) -> dict[str, Any]:
         # Predictions need the features alone, and a file is smaller without the samples.

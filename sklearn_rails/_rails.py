@@ -138,7 +138,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     engine_ : ImmuneEngine
         What ``fit`` builds and ``predict`` runs, immutable.
     training_data_ : tuple of ndarray
-        The training samples, of shape (n, n_features), and their classes.
+        The training samples, of shape (n, n_features) or (n, *input_shape), and their classes.
     seed_ : int
         The random numbers are a function of it, the layer and the generation.
     threat_scorer_ : estimator
@@ -531,10 +531,10 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
 
     @property
     def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The samples that the classifier was fitted on, (n, n_features), and their classes."""
+        """The samples that the classifier was fitted on, as ``fit`` got them, and their classes."""
         rows = self.engine_.layers[0].bank.cells if self._rows is None else self._rows
         rows = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
-        return rows, self.classes_[self._labels]
+        return rows.reshape(len(rows), *self._given_shape), self.classes_[self._labels]
 
     @property
     def neighbors_(self) -> dict[str, ClassNeighbors]:

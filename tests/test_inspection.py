@@ -124,7 +124,7 @@ def test_classifiers_have_their_training_data():
         DkNNClassifier(network, random_state=0).fit(X, y),
     ):
         samples, labels = fitted.training_data_
-        np.testing.assert_array_equal(samples, X.reshape(30, -1))
+        np.testing.assert_array_equal(samples.reshape(X.shape), X)
         np.testing.assert_array_equal(labels, y)
     loaded = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(loaded.predict(X), fitted.predict(X))
