@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint docs bench reproduce clean
+.PHONY: demo test test-slow lint docs docs-check bench reproduce clean
 
 # The stamp is written last, so that an interrupted install is repeated.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
@@ -17,7 +17,7 @@ demo: $(STAMP)
 # One torch thread for each of the two workers, which otherwise compete for two cores. Fails below the
 # coverage in pyproject.toml.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow" --cov \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow and not browser" --cov \
 		--cov-report=term-missing
 
 # Statistical tests of p-values and alarm rates, and others that take minutes. Without coverage.
@@ -32,6 +32,11 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
+
+# Needs chromium and chromedriver, such as Debian's packages chromium and chromium-driver.
+docs-check: docs
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m pytest -m browser tests/browser
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
@@ -48,4 +53,4 @@ reproduce: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/results demo_results
+	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/api/backreferences docs/results demo_results

@@ -112,9 +112,13 @@ def plot():
 
     paths = sorted(RESULTS.glob("passes_*.csv"))
     fig, axes = plt.subplots(
-        1, len(paths), figsize=(4 * len(paths), 4), layout="constrained", squeeze=False
+        (len(paths) + 1) // 2,
+        2,
+        figsize=(7, 1.6 * len(paths)),
+        layout="constrained",
+        squeeze=False,
     )
-    for ax, path in zip(axes[0], paths, strict=True):
+    for ax, path in zip(axes.flat, paths, strict=False):  # one may stay empty
         with path.open() as file:
             rows = list(csv.DictReader(file))
         curves = {
@@ -152,10 +156,10 @@ def plot():
         ax.axhline(fixed, color="0.8", zorder=0)
         ax.set(
             xscale="log",
-            xlabel="forward passes a row",
-            title=f"{rows[0]['data'].split(' (')[0]}, {rows[0]['layer']}, {rows[0]['n_rows']} rows",
+            xlabel="forward passes for an image",
+            ylabel="robust accuracy",
+            title=f"{rows[0]['data'].split()[0]}, {rows[0]['layer']}, {rows[0]['n_rows']} images",
         )
-    axes[0, 0].set_ylabel("robust accuracy")
     # The curves are the same on all data sets.
     fig.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize="small"

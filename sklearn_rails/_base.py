@@ -53,6 +53,7 @@ FIT_PARAMETERS = (
     "algorithm",
     "calibration",
     "feature_extractor",
+    "method",
     "module",
     "random_state",
     "threat_scorer",
@@ -360,10 +361,38 @@ def resolve_from_extractor(estimator: Any, name: str) -> Any:
     """
     value = getattr(estimator, name)
     extractor = getattr(estimator, "feature_extractor", None)
-    left_open = value is None or (isinstance(value, str) and value == "auto")
-    if left_open and _is_extractor(extractor):
-        return getattr(extractor, name)
-    return value
+    return getattr(extractor, name) if _is_open(value) and _is_extractor(extractor) else value
+
+
+def fill_open_parameters(nested: Any, outer: Any) -> None:
+    """Set what a nested estimator leaves open to the parameters of the one that holds it.
+
+    Nothing is set in an estimator that has another network of its own.
+
+    Parameters
+    ----------
+    nested : estimator
+        With ``feature_extractor``, ``layers``, ``input_shape``, ``device`` and ``batch_size``.
+    outer : estimator
+        With the same parameters.
+    """
+    if nested.feature_extractor is not None and _module_of(nested) is not _module_of(outer):
+        return
+    for name in ("layers", "input_shape", "device", "batch_size"):
+        if _is_open(resolve_from_extractor(nested, name)):
+            setattr(nested, name, resolve_from_extractor(outer, name))
+    if nested.feature_extractor is None:
+        nested.feature_extractor = outer.feature_extractor
+
+
+def _module_of(estimator: Any) -> nn.Module | None:
+    network = estimator.feature_extractor
+    network = network.module if _is_extractor(network) else network
+    return None if network is None else as_module(network, estimator.network_parameter)
+
+
+def _is_open(value: object) -> bool:
+    return value is None or (isinstance(value, str) and value == "auto")
 
 
 def _is_extractor(value: object) -> bool:

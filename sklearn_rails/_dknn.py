@@ -121,7 +121,8 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     >>> from sklearn.datasets import load_digits
     >>> from sklearn_rails import DkNNClassifier
     >>> X, y = load_digits(return_X_y=True)
-    >>> dknn = DkNNClassifier(n_neighbors=10, random_state=0).fit(X[:1000], y[:1000])
+    >>> dknn = DkNNClassifier(n_neighbors=10, random_state=0)
+    >>> _ = dknn.fit(X[:1000], y[:1000])
     >>> dknn.score(X[1000:], y[1000:]) > 0.9
     True
     >>> dknn.credibility(X[:3]).shape

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin, clone
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_consistent_length
 
 from ._base import (
@@ -16,12 +17,14 @@ from ._base import (
     N_JOBS_CONSTRAINT,
     NETWORK_CONSTRAINTS,
     NetworkEstimator,
+    fill_open_parameters,
     prepare_fit,
     restore_on_error,
     validate_rows,
 )
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._documentation import document
+from ._threat import ThreatScorer
 from ._validation import check_known_labels, validate_labels
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
 from .immune.alarms import check_alarms, check_threat_scores
@@ -34,6 +37,18 @@ from .neighbors import ClassNeighbors
 
 # Number of cells in a population, unless there are more classes.
 DEFAULT_POPULATION_SIZE = 150
+
+
+def _raises_alarms(estimator: Any) -> bool:
+    """Check for a threat scorer with ``predict``: that of fit, or the parameter before fit."""
+    is_fitted = hasattr(estimator, "engine_")
+    scorer = getattr(estimator, "threat_scorer_" if is_fitted else "threat_scorer", None)
+    if not hasattr(scorer, "predict"):
+        raise AttributeError(
+            "predict_with_alarm needs a threat_scorer with predict: set one, as in "
+            f"RAILSClassifier(..., threat_scorer=ThreatScorer()), and call fit; got {scorer!r}."
+        )
+    return True
 
 
 @document
@@ -107,6 +122,10 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         An outlier detector with ``score_samples``, such as
         :class:`~sklearn_rails.ThreatScorer`. A clone is fitted to the training data, and its
         scores go into the responses. It changes no prediction unless the gate is a ``Triage``.
+        What a ``ThreatScorer()`` leaves open is taken from this classifier: the network,
+        ``layers``, ``input_shape``, ``device``, ``batch_size`` and the seed; one with another
+        network keeps all but its seed. One that is fitted, such as on clean data that the network
+        was not trained on, is used as it is in a :class:`~sklearn.frozen.FrozenEstimator`.
     %(device)s
     dtype : {"float32", "float64"}, default="float32"
         Precision of the network, the features and the cells.
@@ -147,7 +166,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     See Also
     --------
     DkNNClassifier : The baseline: a vote of neighbours in hidden layers, with its credibility.
-    ThreatScorer : Detect attacked and shifted inputs.
+    ThreatScorer : Detect attacked and shifted inputs: the usual ``threat_scorer``.
 
     Notes
     -----
@@ -166,7 +185,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     >>> from sklearn_rails import RAILSClassifier
     >>> X, y = load_digits(return_X_y=True)
     >>> X = X / 16
-    >>> rails = RAILSClassifier(population_size=100, random_state=0).fit(X[:1000], y[:1000])
+    >>> rails = RAILSClassifier(population_size=100, random_state=0)
+    >>> _ = rails.fit(X[:1000], y[:1000])
     >>> round(rails.score(X[1000:1050], y[1000:1050]), 1)
     1.0
     """
@@ -529,6 +549,33 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         self.engine_ = engine.with_memory(empty)
         return self
 
+    @available_if(_raises_alarms)
+    def predict_with_alarm(
+        self, X: ArrayLike | torch.Tensor
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Predict classes, and flag samples that may be attacked.
+
+        Only there with a ``threat_scorer`` that has ``predict``.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+
+        Returns
+        -------
+        labels : ndarray of shape (n,)
+            As :meth:`predict` returns them, for flagged samples too.
+        alarms : ndarray of shape (n,), bool
+            True for samples that the threat scorer flags.
+        """
+        fitted, rows = self._validate(X)
+        alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
+        scores = fitted.engine_.scores(
+            rows, alarms=alarms, n_jobs=fitted.n_jobs, verbose=fitted.verbose
+        )
+        return self.classes_[scores.argmax(axis=1)], alarms
+
     @property
     def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The samples that the classifier was fitted on, as ``fit`` got them, and their classes."""
@@ -618,7 +665,12 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         self.n_neighbors_ = np.array([min(self.n_neighbors, n) for n in sizes])
         self.__dict__.pop("threat_scorer_", None)
         if self.threat_scorer is not None:
-            self.threat_scorer_ = clone(self.threat_scorer).fit(*given)
+            scorer: Any = clone(self.threat_scorer)
+            if isinstance(scorer, ThreatScorer):
+                fill_open_parameters(scorer, self)
+                if scorer.random_state is None:
+                    scorer.random_state = self.seed_
+            self.threat_scorer_ = scorer.fit(*given)
 
     def _scores(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         fitted, rows = self._validate(X)

@@ -1,5 +1,7 @@
 """Threat scores as an outlier detector and a transformer."""
 
+import functools
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Self
@@ -16,7 +18,7 @@ from ._base import (
     prepare_fit,
     restore_on_error,
 )
-from ._compat import Interval, StrOptions, fit_context
+from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._conformal import (
     MAX_EVIDENCE,
     ROUNDING,
@@ -25,7 +27,24 @@ from ._conformal import (
     warn_of_few_rows,
 )
 from ._documentation import document
-from .sensing import DETECTORS, CleanSamples, Evidence, any_needs_outputs, score_clean, score_new
+from ._validation import find_user_level
+from .features.outputs import LayerError
+from .sensing import (
+    CleanSamples,
+    Evidence,
+    any_needs_outputs,
+    make_detectors,
+    score_clean,
+    score_new,
+)
+
+# The methods of "auto": of each kind one, which are neighbours, the position of the features, and
+# the stability of the prediction, unless the network's outputs are not the classes, or its input
+# is of integers, which cannot change a little.
+WITH_NETWORK = ("disagreement", "mahalanobis", "feature_squeezing")
+FOR_TOKENS = ("disagreement", "mahalanobis")
+WITHOUT_OUTPUTS = ("credibility", "mahalanobis")
+WITHOUT_NETWORK = ("credibility",)
 
 # Maximum number of calibration samples: enough for a false-alarm rate of 5 % to be met within a
 # third of a point (one standard deviation).
@@ -53,9 +72,14 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     layers : str or sequence of str, default=None
         Layers that are looked at, as in ``module.named_modules()``. None takes the extractor's own
         layers, else the network's output.
-    method : str or list of str, default="credibility"
+    method : str, outlier detector, or list of these, default="auto"
         What is scored, in each layer unless noted otherwise; the evidence of several methods is
-        summed.
+        summed. ``"auto"`` takes ``["disagreement", "mahalanobis", "feature_squeezing"]`` with a
+        network, and ``"credibility"`` without one. It leaves out ``"feature_squeezing"`` where the
+        network takes integers. If the network has no output for each class of ``y``, as one that
+        returns an embedding or a number, it warns and takes ``["credibility", "mahalanobis"]``.
+        Choose methods to save time, or where an attack on your network shows that others flag
+        more.
 
         - ``"credibility"``: how many of the k neighbours, over all layers, are not of the most
           frequent class [1]_;
@@ -69,7 +93,12 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         - ``"lid"``: local intrinsic dimensionality of the k neighbours [6]_;
         - ``"feature_squeezing"``: how far the network's probabilities move when the input is
           rounded (to one bit for grey images, five for others) or, if it is an image, smoothed by
-          a median filter, whatever the layers [7]_.
+          a median filter, whatever the layers [7]_;
+        - an outlier detector with scikit-learn's or PyOD's interface, such as
+          ``LocalOutlierFactor(novelty=True)``: its score. A clone is fitted to the features of each
+          layer. Since it cannot leave samples out, half of the samples (5,000 at most), drawn at
+          random, calibrate, and the clones are fitted to the others. If its ``random_state`` is
+          None, the scorer draws it.
     alpha : float, default=0.05
         Maximum false-alarm rate on clean data (see Notes), taken as a decimal: 0.07 is exactly 7
         of 100.
@@ -86,15 +115,16 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     %(batch_size)s
 
     random_state : int, RandomState or None, default=None
-        Sets which samples calibrate, if there are more than 5,000, and how they are divided if
-        several scores are combined.
+        Sets which samples calibrate, if not all do, how they are divided if several scores are
+        combined, and the seeds of outlier detectors.
 
     Attributes
     ----------
     offset_ : float
         ``decision_function`` is ``score_samples`` minus this.
     methods_ : tuple of str
-        The methods, in the order of the columns of ``transform``.
+        The methods, in the order of the columns of ``transform``. That of an outlier detector is
+        its class in lower case, such as ``"isolationforest"``, with a number if there are several.
     detectors_ : dict of str to Detector
         The fitted detector of each method.
     %(fitted)s
@@ -105,14 +135,15 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
 
     See Also
     --------
-    RAILSClassifier : Takes a scorer as its ``threat_scorer``.
+    RAILSClassifier : Takes a scorer as its ``threat_scorer``, and predicts with alarms.
     DkNNClassifier : Returns the credibility of its predictions.
 
     Notes
     -----
     The false-alarm rate on clean data that are like the samples of ``fit`` is at most ``alpha``.
-    This is exact for ``"feature_squeezing"`` and approximate for the other methods, since clean
-    samples are scored without themselves, with one sample fewer among the neighbours. In the
+    This is exact for ``"feature_squeezing"`` and outlier detectors, and approximate for the other
+    methods, since clean samples are scored without themselves, with one sample fewer among the
+    neighbours. In the
     simulations of ``tests/test_rates.py`` the rate was at most ``alpha`` for every method, from 10
     samples on, with up to a quarter of the samples as neighbours. It holds on average over the
     samples of ``fit``: the rate of a single fitted scorer varies about it with a standard
@@ -124,6 +155,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     network gives NaN or infinity, if a method's score is NaN, or if it is infinite and no
     calibration sample had the same infinity. Its threat is 1,000,000 or more, and finite. At most
     one in n + 1 clean samples has such an infinite score, for n calibration samples.
+
+    As the ``threat_scorer`` of a :class:`~sklearn_rails.RAILSClassifier`, it takes what it leaves
+    open from there: the network if ``feature_extractor`` is None, ``layers``, ``input_shape``,
+    ``device``, ``batch_size``, and a seed. To score the input, set ``layers="input"``. A scorer
+    with another network takes the seed alone.
 
     References
     ----------
@@ -148,7 +184,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     >>> from sklearn.datasets import load_digits
     >>> from sklearn_rails import ThreatScorer
     >>> X, y = load_digits(return_X_y=True)
-    >>> scorer = ThreatScorer(method="distance", random_state=0).fit(X[:1000], y[:1000])
+    >>> scorer = ThreatScorer(method="distance", random_state=0)
+    >>> _ = scorer.fit(X[:1000], y[:1000])
     >>> noise = np.random.default_rng(0).uniform(0, 16, size=(20, 64))
     >>> bool((scorer.predict(noise) == -1).all())
     True
@@ -157,7 +194,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     _parameter_constraints = {
         "feature_extractor": "no_validation",
         **NETWORK_CONSTRAINTS,
-        "method": [str, list, tuple],
+        "method": [str, list, tuple, HasMethods(["fit"])],
         "alpha": [Interval(Real, 0, 1, closed="neither")],
         "output": [StrOptions({"scores", "passthrough"})],
         "n_neighbors": [Interval(Integral, 1, None, closed="left")],
@@ -169,7 +206,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         feature_extractor: Any = None,
         *,
         layers: str | Sequence[str] | None = None,
-        method: str | Sequence[str] = "credibility",
+        method: Any = "auto",
         alpha: float = 0.05,
         output: str = "scores",
         n_neighbors: int = 50,
@@ -192,7 +229,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         self.random_state = random_state
 
     @restore_on_error
-    @fit_context(prefer_skip_nested_validation=True)
+    @fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor | None = None) -> Self:
         """Fit the detectors to clean samples, and set the threshold.
 
@@ -219,26 +256,30 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             If a parameter or the data is invalid, the network does not fit the data, or a layer or
             the device is not there. The estimator is then as it was before.
         """
-        self.methods_ = self._check_methods()
-        self.detectors_ = {method: DETECTORS[method]() for method in self.methods_}
-        needs_output = y is None or any_needs_outputs(self.detectors_)
-        samples, targets = prepare_fit(
-            self, X, y, network=self.feature_extractor, with_output=needs_output
-        )
+        rng = check_random_state(self.random_state)
+        samples, targets = self._prepare(X, y, rng)
+        self.methods_ = tuple(self.detectors_)
         n_samples = len(samples)
-        if n_samples < 2:
-            raise ValueError(f"{type(self).__name__} needs 2 samples or more, got {n_samples=}.")
+        is_held_out = not all(d.leaves_one_out for d in self.detectors_.values())
+        needed = 4 if is_held_out else 2
+        if n_samples < needed:
+            raise ValueError(
+                f"{type(self).__name__} needs {needed} samples or more, got {n_samples=}."
+            )
         largest = max(2, int(MAX_NEIGHBOR_SHARE * (n_samples - 1)))
         self.n_neighbors_ = min(int(self.n_neighbors), largest, n_samples - 1)
         for method, detector in self.detectors_.items():
             detector.check(method, self.feature_map_, self.n_neighbors_)
 
         labels, self._n_classes = self._find_classes(samples, targets)
-        clean = CleanSamples(samples, labels, self._n_classes, self.n_neighbors_, self.feature_map_)
+        size = n_samples // 2 if is_held_out else n_samples
+        self_index = sample_rows(n_samples, min(size, MAX_CALIBRATION_SAMPLES), rng)
+        training = np.setdiff1d(np.arange(n_samples), self_index) if is_held_out else None
+        clean = CleanSamples(
+            samples, labels, self._n_classes, self.n_neighbors_, self.feature_map_, training
+        )
         for detector in self.detectors_.values():
             detector.fit(clean)
-        rng = check_random_state(self.random_state)
-        self_index = sample_rows(n_samples, MAX_CALIBRATION_SAMPLES, rng)
         self._calibrate(score_clean(self.detectors_, clean, self_index), rng)
         return self
 
@@ -343,15 +384,41 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         """
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def _check_methods(self) -> tuple[str, ...]:
-        methods = (self.method,) if isinstance(self.method, str) else tuple(self.method)
-        unknown = [m for m in methods if m not in DETECTORS]
-        if unknown or not methods or len(set(methods)) < len(methods):
-            raise ValueError(
-                f"method={self.method!r} must be one of {sorted(DETECTORS)}, or a list that names "
-                "one or more of them once."
+    def _prepare(self, X: Any, y: Any, rng: np.random.RandomState) -> tuple[Any, Any]:
+        """Check the data and the network, and create the detectors."""
+        prepare = functools.partial(prepare_fit, self, X, y, network=self.feature_extractor)
+        if not isinstance(self.method, str) or self.method != "auto":
+            self.detectors_ = make_detectors(self.method, rng)
+            return prepare(with_output=y is None or any_needs_outputs(self.detectors_))
+        methods: tuple[str, ...]
+        reason = None
+        try:
+            samples, targets = prepare(with_output=True)
+        except LayerError as error:
+            if y is None:
+                raise
+            reason = str(error)
+        if reason is not None:  # the layers may be usable where the output is not
+            samples, targets = prepare(with_output=False)
+        if self.feature_map_.has_network and targets is not None and reason is None:
+            try:
+                n_classes = len(np.unique(targets))
+                self.feature_map_.check_outputs(samples, n_classes, "'disagreement'")
+            except ValueError as error:
+                reason = str(error)
+        if not self.feature_map_.has_network:
+            methods = WITHOUT_NETWORK
+        elif reason is not None:
+            methods = WITHOUT_OUTPUTS
+            warnings.warn(
+                f"method='auto' uses {list(methods)}, which do not depend on the network's "
+                f"outputs: {reason} Set method to choose others.",
+                stacklevel=find_user_level(),
             )
-        return methods
+        else:
+            methods = FOR_TOKENS if self.feature_map_.integer_input else WITH_NETWORK
+        self.detectors_ = make_detectors(methods, rng)
+        return samples, targets
 
     def _find_classes(
         self, X: NDArray[Any] | torch.Tensor, y: NDArray[Any] | None

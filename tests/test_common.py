@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from conftest import AnyWidth
+from sklearn.ensemble import IsolationForest
+from sklearn.neighbors import LocalOutlierFactor
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sklearn_rails import (
@@ -25,6 +27,7 @@ ESTIMATORS = [
     RAILSClassifier(NET, start_layer="first", early_stopping=False, random_state=0),
     RAILSClassifier(selection="class_balanced", crossover="uniform", threat_scorer=ThreatScorer()),
     RAILSClassifier(threat_scorer=ThreatScorer(method="distance"), gate=Triage(), random_state=0),
+    RAILSClassifier(NET, layers="first", threat_scorer=ThreatScorer(), random_state=0),
     DkNNClassifier(),
     DkNNClassifier(NET, layers=["first", "second"], calibration="leave-one-out"),
     ThreatScorer(),
@@ -32,6 +35,9 @@ ESTIMATORS = [
         NET, method=["credibility", "distance", "mahalanobis", "lid", "feature_squeezing"]
     ),
     ThreatScorer(method="kernel_density"),
+    ThreatScorer(NET),
+    ThreatScorer(method=IsolationForest(n_estimators=5), random_state=0),
+    ThreatScorer(NET, method=[LocalOutlierFactor(n_neighbors=2, novelty=True), "distance"]),
     TorchFeatureExtractor(),
     TorchFeatureExtractor(NET, layers=["first", "output"]),
 ]

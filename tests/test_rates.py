@@ -7,6 +7,8 @@ deviations is the larger of the binomial one and that of the fits' means.
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import IsolationForest
+from sklearn.neighbors import LocalOutlierFactor
 from torch import nn
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
@@ -83,8 +85,8 @@ def p_values_of_dknn(calibration, kind, n, n_fits, n_new):
 def alarms_of_scorer(method, kind, n, alpha, n_fits, n_new):
     """Return which new samples are flagged, an array (n_fits, n_new)."""
     flagged = np.empty((n_fits, n_new), dtype=bool)
-    methods = [method] if isinstance(method, str) else method
-    module = network() if NEEDS_NETWORK.intersection(methods) else None
+    methods = method if isinstance(method, list) else [method]
+    module = network() if any(m in methods for m in NEEDS_NETWORK) else None
     layers = ["input", "0"] if module is not None else None
     for seed in range(n_fits):
         rng = np.random.default_rng([seed, n])
@@ -173,6 +175,30 @@ METHODS = [
     [("balanced", 10, 0.2), ("ties", 25, 0.2), ("unbalanced", 60, 0.1)],
 )
 def test_alarms_on_clean_samples_are_no_more_than_alpha(method, kind, n, alpha):
+    flagged = alarms_of_scorer(method, kind, n, alpha, n_fits=300, n_new=70)
+    assert_rate_is_at_most(alpha, flagged)
+    assert flagged.any()
+
+
+LOF = LocalOutlierFactor(n_neighbors=5, novelty=True)
+FOREST = IsolationForest(n_estimators=10)
+OUTLIER_DETECTORS = [LOF, FOREST, [LOF, FOREST], [LOF, "distance"], ["disagreement", FOREST, LOF]]
+
+
+@pytest.mark.parametrize("method", [LOF, [LOF, "distance"]], ids=str)
+def test_alarms_of_outlier_detectors_are_rare_in_a_few_fits(method):
+    flagged = alarms_of_scorer(method, "balanced", 38, 0.2, n_fits=100, n_new=20)
+    assert_rate_is_at_most(0.2, flagged)
+    assert flagged.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OUTLIER_DETECTORS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "n", "alpha"),
+    [("balanced", 20, 0.2), ("ties", 50, 0.2), ("unbalanced", 120, 0.1)],
+)
+def test_alarms_of_outlier_detectors_are_no_more_than_alpha(method, kind, n, alpha):
     flagged = alarms_of_scorer(method, kind, n, alpha, n_fits=300, n_new=70)
     assert_rate_is_at_most(alpha, flagged)
     assert flagged.any()

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import normalize
 from torch import nn
 
-from sklearn_rails import RAILSClassifier, ThreatScorer
+from sklearn_rails import RAILSClassifier, ThreatScorer, TorchFeatureExtractor
 from sklearn_rails.demo import train_network
 from sklearn_rails.features.mapping import FeatureMap
 from sklearn_rails.sensing import DETECTORS, Detector
@@ -385,7 +385,76 @@ def test_features_of_many_new_samples_are_never_held_at_once(split, monkeypatch)
     assert sum(n_samples) == len(new)
 
 
-@pytest.mark.parametrize("method", ["disagreement", "kernel_density", "feature_squeezing"])
+AUTO = ("disagreement", "mahalanobis", "feature_squeezing")
+WITHOUT_OUTPUTS = ("credibility", "mahalanobis")
+
+
+def test_methods_are_chosen_for_what_there_is(split):
+    X, y, new = split
+    assert ThreatScorer().fit(X, y).methods_ == ("credibility",)
+    assert ThreatScorer(TorchFeatureExtractor()).fit(X).methods_ == ("credibility",)
+    network = nn.Linear(64, 10)
+    scorer = ThreatScorer(network, random_state=0)
+    for targets in (y, None):
+        assert scorer.fit(X, targets).methods_ == AUTO
+        named = ThreatScorer(network, method=list(AUTO), random_state=0).fit(X, targets)
+        assert_array_equal(scorer.score_samples(new), named.score_samples(new))
+    assert scorer.transform(new).shape == (len(new), 3)
+    assert ThreatScorer(nn.Linear(64, 1)).fit(X, y > 4).methods_ == AUTO
+
+
+@pytest.mark.parametrize(
+    ("n_outputs", "n_classes", "reason"),
+    [
+        (16, 10, "16 outputs and y has 10 classes"),  # an embedding
+        (1, 10, "1 outputs and y has 10 classes"),  # a number
+        (10, 1, "10 outputs and y has 1 classes"),
+    ],
+)
+def test_outputs_that_are_not_the_classes_are_left_out_with_a_warning(
+    split, n_outputs, n_classes, reason
+):
+    X, y, new = split
+    scorer = ThreatScorer(nn.Linear(64, n_outputs), random_state=0)
+    with pytest.warns(UserWarning, match=f"method='auto' uses .* {reason}") as told:
+        scorer.fit(X, y % n_classes)
+    assert [warning.filename for warning in told] == [__file__]
+    assert scorer.methods_ == WITHOUT_OUTPUTS
+    assert (scorer.predict(new + 9) == -1).all()
+
+
+class Pair(nn.Module):
+    """Returns two tensors, of which none is the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return {"hidden": hidden, "scores": self.second(hidden)}
+
+
+def test_a_network_with_outputs_that_cannot_be_used(split):
+    X, y, _ = split
+    with pytest.warns(UserWarning, match="method='auto' uses .* the network gives a dict there"):
+        scorer = ThreatScorer(Pair(), layers="first").fit(X, y)
+    assert scorer.methods_ == WITHOUT_OUTPUTS
+    # There are then no classes but those of y.
+    with pytest.raises(ValueError, match="the network gives a dict there"):
+        ThreatScorer(Pair(), layers="first").fit(X)
+    with pytest.raises(ValueError, match="the network gives a dict there"):
+        ThreatScorer(Pair()).fit(X, y)
+
+
+def test_integers_are_not_squeezed():
+    tokens = np.random.default_rng(0).integers(9, size=(80, 4))
+    embedding = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, 3))
+    scorer = ThreatScorer(embedding, layers="1", random_state=0).fit(tokens)
+    assert scorer.methods_ == ("disagreement", "mahalanobis")
+
+
+@pytest.mark.parametrize("method", ["auto", "disagreement", "kernel_density", "feature_squeezing"])
 def test_one_class_and_a_network_of_one_output(method):
     X = np.random.default_rng(0).normal(size=(60, 4))
     scorer = ThreatScorer(nn.Linear(4, 1), method=method, n_neighbors=2, alpha=0.1)

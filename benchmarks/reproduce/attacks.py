@@ -72,7 +72,7 @@ def by_hop_skip_jump(predict, X, eps, max_iter=10):
 
 
 def draw(path, lines):
-    """Draw what is right against the radius of the adaptive attack, with 95 % intervals."""
+    """Draw accuracy against the radius of the adaptive attack, with 95 % intervals."""
     curves = {}
     for line in lines:
         if line["attack"] in ("none", "adaptive") and line["classifier"] != "network":
@@ -87,8 +87,8 @@ def draw(path, lines):
             continue
         right, low, high = (np.array(part) for part in zip(*[points[e] for e in eps], strict=True))
         axes.errorbar(eps, right, (right - low, high - right), marker="o", capsize=3, label=name)
-    axes.set(xlabel="eps · 255", ylabel="right, per cent", ylim=(0, 100))
-    axes.set_title(lines[0]["network"])
+    axes.set(xlabel="eps · 255", ylabel="accuracy, %", ylim=(0, 100))
+    axes.set_title(lines[0]["data"].split(" (")[0])
     if axes.has_data():
         axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -42,18 +42,19 @@ BLOCK_BYTES = 128 * 2**20
 
 
 class AdaptiveKNNAttack:
-    r"""Attack a DkNN or RAILS classifier directly, along gradients of a soft k-NN margin.
+    """Attack a DkNN or RAILS classifier directly, along gradients of a soft k-NN margin.
 
     An attack on the network alone does not measure robustness to an attacker who knows the
     defence. This attack differentiates through the layers that the defence uses. In each layer the
-    score of a class is the soft maximum of the affinities to its references,
+    score of a class is the soft maximum of the affinities to its references ``r``, at the
+    temperature ``T``::
 
-    .. math:: s_c = \log \sum_{i \in R_c} \exp(A(f(x'), f(r_i)) / T),
+        s[c] = log(sum(exp(A(f(x), f(r)) / T) for r in references[c]))
 
-    and the attack maximizes the sum over layers of :math:`\max_{c \ne y} s_c - s_y` (in every
+    The attack maximizes the sum over layers of ``max(s[c] for c != y) - s[y]`` (in every
     second pair of restarts, the cross-entropy of the scores) by signed gradient steps in an
     L-infinity ball. The references are the nearest training samples of each class; for RAILS, the
-    selected offspring of each class in responses to :math:`x'` under several seeds. They are
+    selected offspring of each class in responses to ``x`` under several seeds. They are
     recomputed every ``refresh`` steps and constant in between.
 
     With ``gate=Arbitration()``, an attacker may target the vote, or the network toward a class
@@ -61,7 +62,7 @@ class AdaptiveKNNAttack:
     the network's logits added to the scores. With ``gate=Triage()``, the references are the
     neighbours, whose vote decides all samples that are not flagged. With a ``threat_weight``, only
     misclassified samples that are not flagged count as a success, and the attack subtracts that
-    multiple of a soft threat score, computed from :math:`s_c` in the layers of the threat scorer.
+    multiple of a soft threat score, computed from ``s`` in the layers of the threat scorer.
 
     Parameters
     ----------
@@ -138,9 +139,12 @@ class AdaptiveKNNAttack:
     >>> digits = load_digit_images()
     >>> X, y = digits.X_train, digits.y_train
     >>> dknn = DkNNClassifier(n_neighbors=5, calibration="leave-one-out").fit(X, y)
-    >>> attack = AdaptiveKNNAttack(dknn, X, y, eps=0.3, max_iter=20, n_restarts=2, random_state=0)
+    >>> attack = AdaptiveKNNAttack(
+    ...     dknn, X, y, eps=0.3, max_iter=20, n_restarts=2, random_state=0
+    ... )
     >>> X_test, y_test = digits.X_test[:20], digits.y_test[:20]
-    >>> dknn.score(X_test, y_test), dknn.score(attack.generate(X_test, y_test), y_test)
+    >>> X_attacked = attack.generate(X_test, y_test)
+    >>> dknn.score(X_test, y_test), dknn.score(X_attacked, y_test)
     (1.0, 0.0)
     """
 

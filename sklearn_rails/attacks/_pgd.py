@@ -123,7 +123,9 @@ def pgd(
     >>> from sklearn_rails.datasets import load_digit_images
     >>> from sklearn_rails.demo import train_network
     >>> digits = load_digit_images()
-    >>> net = train_network(digits.X_train, digits.y_train, max_epochs=10, verbose=0)
+    >>> net = train_network(
+    ...     digits.X_train, digits.y_train, max_epochs=10, verbose=0
+    ... )
     >>> X, y = digits.X_test[:100], digits.y_test[:100]
     >>> attacked = pgd(net, X, y, eps=0.2)
     >>> round(net.score(X, y), 1), round(net.score(attacked, y), 1)

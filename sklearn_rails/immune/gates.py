@@ -74,7 +74,9 @@ class Arbitration(BaseEstimator):
     >>> from torch import nn
     >>> from sklearn_rails import RAILSClassifier
     >>> from sklearn_rails.immune import Arbitration
-    >>> rails = RAILSClassifier(nn.Linear(4, 3), layers="input", gate=Arbitration(alpha=0.1))
+    >>> rails = RAILSClassifier(
+    ...     nn.Linear(4, 3), layers="input", gate=Arbitration(alpha=0.1)
+    ... )
     >>> rails.get_params()["gate__alpha"]
     0.1
     """
@@ -195,7 +197,8 @@ class Triage(BaseEstimator):
     --------
     >>> from sklearn_rails import RAILSClassifier, ThreatScorer
     >>> from sklearn_rails.immune import Triage
-    >>> RAILSClassifier(gate=Triage(), threat_scorer=ThreatScorer()).get_params()["gate"]
+    >>> rails = RAILSClassifier(gate=Triage(), threat_scorer=ThreatScorer())
+    >>> rails.get_params()["gate"]
     Triage()
     """
 

@@ -39,7 +39,8 @@ class MemoryBank:
     >>> import numpy as np
     >>> from sklearn_rails.immune import MemoryBank
     >>> bank = MemoryBank(capacity=4, n_classes=2, cell_shape=(1,))
-    >>> bank.with_cells(np.float32([[1], [2], [3]]), np.array([0, 0, 0])).cells.ravel()
+    >>> cells, labels = np.float32([[1], [2], [3]]), np.array([0, 0, 0])
+    >>> bank.with_cells(cells, labels).cells.ravel()
     array([2., 3.], dtype=float32)
     """
 

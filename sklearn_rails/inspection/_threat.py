@@ -54,7 +54,8 @@ class ThreatDisplay:
     >>> from sklearn_rails import ThreatScorer
     >>> from sklearn_rails.inspection import ThreatDisplay
     >>> X, y = load_digits(return_X_y=True)
-    >>> scorer = ThreatScorer(method="distance", random_state=0).fit(X[:1000], y[:1000])
+    >>> scorer = ThreatScorer(method="distance", random_state=0)
+    >>> _ = scorer.fit(X[:1000], y[:1000])
     >>> noise = np.random.default_rng(0).uniform(0, 16, size=(200, 64))
     >>> ThreatDisplay.from_estimator(scorer, X[1000:], {"noise": noise})
     ThreatDisplay(797 clean, 200 noise (AUC 1.000))

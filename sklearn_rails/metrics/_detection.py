@@ -126,7 +126,9 @@ def detection_scores(
     Examples
     --------
     >>> from sklearn_rails.metrics import detection_scores
-    >>> scores = detection_scores([0, 0, 0, 0, 1, 1], [0.1, 0.2, 0.3, 0.6, 0.5, 0.9])
+    >>> scores = detection_scores(
+    ...     [0, 0, 0, 0, 1, 1], [0.1, 0.2, 0.3, 0.6, 0.5, 0.9]
+    ... )
     >>> scores["auroc"], scores["fpr_at_95_tpr"]
     (0.875, 0.25)
     """

@@ -146,7 +146,10 @@ def make_robust_scorer(
     >>> search = GridSearchCV(
     ...     DkNNClassifier(network, layers="input", random_state=0),
     ...     {"n_neighbors": [5, 20]},
-    ...     scoring={"clean": "accuracy", "robust": make_robust_scorer(partial(pgd, eps=0.2))},
+    ...     scoring={
+    ...         "clean": "accuracy",
+    ...         "robust": make_robust_scorer(partial(pgd, eps=0.2)),
+    ...     },
     ...     refit="robust",
     ...     cv=2,
     ... ).fit(digits.X_train[:300], digits.y_train[:300])

@@ -57,8 +57,10 @@ class ClassNeighbors:
     >>> import numpy as np, torch
     >>> from sklearn_rails.neighbors import ClassNeighbors
     >>> features = torch.tensor([[0.0], [1.0], [2.0], [5.0]])
-    >>> neighbors = ClassNeighbors().fit(features, np.array([0, 1, 0, 1]), n_classes=2)
-    >>> affinity, index = neighbors.kneighbors(torch.tensor([[1.5]]), n_neighbors=2)
+    >>> labels = np.array([0, 1, 0, 1])
+    >>> neighbors = ClassNeighbors().fit(features, labels, n_classes=2)
+    >>> query = torch.tensor([[1.5]])
+    >>> affinity, index = neighbors.kneighbors(query, n_neighbors=2)
     >>> affinity.tolist(), index.tolist()
     ([[[-0.5, -1.5], [-0.5, -3.5]]], [[[2, 0], [1, 3]]])
     """

@@ -69,7 +69,7 @@ class ExactNeighbors(BaseEstimator):
     >>> neighbors = ClassNeighbors(algorithm=ExactNeighbors(storage="float16"))
     >>> neighbors = neighbors.fit(features, labels, n_classes=2)
     >>> affinity, index = neighbors.kneighbors(
-    ...     features[:1] + 9, n_neighbors=3, recompute=lambda index: features[index]
+    ...     features[:1] + 9, n_neighbors=3, recompute=features.__getitem__
     ... )
     >>> index.tolist()
     [[[44, 46, 42], [45, 43, 47]]]

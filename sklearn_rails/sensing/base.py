@@ -64,6 +64,9 @@ class Detector(PicklesToCPU):
         Whether the input must not be integers, such as token ids.
     min_neighbors : int
         Minimum number of neighbours.
+    leaves_one_out : bool
+        Whether :meth:`score` can leave a clean sample out. If not, the detector is fitted to
+        ``clean.training`` alone, the samples that do not calibrate.
     affinity : str or None
         What orders the neighbours that :meth:`soft_threat` depends on, ``"euclidean"`` or
         ``"cosine"``; None if it depends on none.
@@ -73,6 +76,7 @@ class Detector(PicklesToCPU):
     needs_outputs: ClassVar[bool] = False
     needs_float_input: ClassVar[bool] = False
     min_neighbors: ClassVar[int] = 1
+    leaves_one_out: ClassVar[bool] = True
     affinity: ClassVar[str | None] = None
 
     @classmethod
@@ -128,7 +132,7 @@ class Detector(PicklesToCPU):
         ----------
         query : Query
             Where it has a ``self_index``, the samples are clean ones, and each is scored as if it
-            had not been in :meth:`fit`.
+            had not been in :meth:`fit`. With ``leaves_one_out`` False, none of them was.
 
         Returns
         -------

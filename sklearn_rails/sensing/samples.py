@@ -34,6 +34,9 @@ class CleanSamples:
     n_neighbors : int
         Less than n.
     feature_map : FeatureMap
+    training : ndarray of int, default=None
+        Positions of the samples that do not calibrate, for detectors that cannot leave one out.
+        None takes all.
 
     Attributes
     ----------
@@ -53,8 +56,10 @@ class CleanSamples:
         n_classes: int,
         n_neighbors: int,
         feature_map: FeatureMap,
+        training: NDArray[np.int64] | None = None,
     ) -> None:
         self.X = X
+        self.training = np.arange(len(X)) if training is None else training
         self.labels = labels
         self.n_classes = n_classes
         self.n_neighbors = n_neighbors

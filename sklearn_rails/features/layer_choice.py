@@ -1,0 +1,435 @@
+"""Choose the layer that withstands attacks best, by attacking training samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn import get_config
+
+from .._validation import find_user_level
+from .mapping import Array, FeatureMap
+from .truncation import INPUT
+
+# Maximum number of layers that are compared, of features of a layer that are used for it, and of
+# samples that attacked ones are compared with: the cost is bounded whatever the network and data.
+MAX_LAYERS = 12
+MAX_FEATURES = 2048
+MAX_REFERENCES = 5000
+
+# Number of training samples that are attacked. With fewer than MIN_SAMPLES, the standard error of a
+# layer's accuracy would be above 7 points.
+N_HELD_OUT = 300
+MIN_SAMPLES = 50
+
+# Number of signed gradient steps of an attack, each half as long as its radius.
+ATTACK_STEPS = 5
+
+# Radii that are tried, as shares of the range of the input; the number of samples that they are
+# tried on; and the largest share of these that may keep the network's prediction.
+RADII = 2.0 ** (np.arange(-20, 1) / 2)
+RADIUS_SAMPLES = 100
+MAX_KEPT = 0.2
+
+# The attacks by which layers are judged, as shares of the radius that was found.
+RADIUS_SHARES = np.array([0, 0.25, 0.5, 0.75, 1])
+
+# Number of samples whose gradients are computed together.
+GRADIENT_BATCH = 64
+
+
+@dataclass(frozen=True, repr=False)
+class LayerScores(Mapping[str, NDArray[np.float64]]):
+    """Scores of layers under attacks of growing radius: a mapping from layer to scores.
+
+    Attributes
+    ----------
+    scores : dict of str to ndarray of shape (n_radii,)
+        For each layer, in the order of the network, its score at each radius.
+    radii : ndarray of shape (n_radii,)
+        L-infinity radii of the attacks; the first is 0. In the units of the input if all training
+        values lie in [0, 1] or a radius was given, else shares of the range of each feature, or for
+        images of each channel.
+    standard_error : float
+        Standard error of the mean score of the best layer.
+    best : str
+        The last layer whose mean score is at most half a standard error below the highest.
+    """
+
+    scores: dict[str, NDArray[np.float64]]
+    radii: NDArray[np.float64]
+    standard_error: float
+
+    @property
+    def best(self) -> str:
+        """The chosen layer."""
+        means = {layer: float(values.mean()) for layer, values in self.scores.items()}
+        limit = max(means.values()) - self.standard_error / 2
+        return [layer for layer, mean in means.items() if mean >= limit][-1]
+
+    def __getitem__(self, layer: str) -> NDArray[np.float64]:
+        return self.scores[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        width = max(len(layer) for layer in self.scores)
+        lines = [f"{'radius':<{width}}  " + "  ".join(f"{r:5.3f}" for r in self.radii) + "   mean"]
+        for layer, values in self.scores.items():
+            shown = "  ".join(f"{value:5.3f}" for value in (*values, values.mean()))
+            lines.append(f"{layer:<{width}}  {shown}" + (" *" if layer == self.best else ""))
+        return "\n".join(lines)
+
+
+class HeldOutAttack:
+    """Training samples that are attacked: the network is moved away from its own predictions.
+
+    Parameters
+    ----------
+    features : FeatureMap
+        After ``probe`` with the network's output.
+    X : array of shape (n, n_features)
+        The training samples.
+    y : ndarray of shape (n,)
+        Their classes; as many samples of each as possible are attacked.
+    eps : float or None
+        Largest radius of the attacks. None finds the smallest that takes the network below a fifth
+        of its predictions.
+    n_held_out : int
+        Maximum number of samples that are attacked.
+    rng : numpy.random.Generator
+
+    Attributes
+    ----------
+    index : ndarray of shape (n_attacked,), int64
+        Their positions in X.
+    radii : ndarray of shape (5,)
+        The radii of the attacks, from 0.
+    kept : float
+        Share of the network's predictions that the strongest attack does not change.
+
+    Raises
+    ------
+    NotDifferentiableError
+        If the network's output has no gradient.
+    """
+
+    def __init__(
+        self,
+        features: FeatureMap,
+        X: Array,
+        y: NDArray[Any],
+        *,
+        eps: float | None,
+        n_held_out: int,
+        rng: np.random.Generator,
+    ) -> None:
+        self.index = draw_by_class(y, n_held_out, rng)
+        self._features = features
+        self._low, self._high, self._unit = input_range(features, X)
+        self._clean = features.to_device(X[self.index])
+        with torch.no_grad():
+            self._labels = features.predict(self._clean)
+        if eps is None:
+            radius = self._find_radius()
+        else:
+            self._unit = torch.ones_like(self._unit)
+            radius = eps
+        self.radii = radius * RADIUS_SHARES
+        self.kept = 1.0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield the samples attacked at each radius, (n_attacked, n_features)."""
+        for radius in self.radii:
+            attacked = self._attack(slice(None), radius) if radius else self._clean
+            self.kept = self._share_kept(slice(None), attacked)
+            yield attacked
+
+    def _find_radius(self) -> float:
+        """Return the smallest radius of the grid that is large enough, or the largest."""
+        some = slice(0, RADIUS_SAMPLES)
+        low, high = 0, len(RADII) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._share_kept(some, self._attack(some, RADII[middle])) <= MAX_KEPT:
+                high = middle
+            else:
+                low = middle + 1
+        return float(RADII[low])
+
+    def _share_kept(self, rows: slice, attacked: torch.Tensor) -> float:
+        same = self._features.predict(attacked) == self._labels[rows]
+        return float(same.double().mean())
+
+    def _attack(self, rows: slice, radius: float) -> torch.Tensor:
+        clean, labels = self._clean[rows], self._labels[rows]
+        size = radius * self._unit
+        low = torch.maximum(clean - size, self._low)
+        high = torch.minimum(clean + size, self._high)
+        attacked = clean.clone()
+        for start in range(0, len(clean), GRADIENT_BATCH):
+            batch = slice(start, start + GRADIENT_BATCH)
+            for _ in range(ATTACK_STEPS):
+                direction = self._gradient(attacked[batch], labels[batch]).sign()
+                moved = attacked[batch] + size / 2 * direction
+                attacked[batch] = moved.clamp(low[batch], high[batch])
+        return attacked
+
+    def _gradient(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the margin by which other classes lead that of the network."""
+        x = x.detach().requires_grad_()
+        outputs = self._features.with_gradient(x, (self._features.output,))[self._features.output]
+        if not outputs.requires_grad:
+            raise NotDifferentiableError
+        # Not the cross-entropy, whose gradient vanishes where the network is sure.
+        if outputs.shape[1] == 1:
+            margin = torch.where(labels == 1, -outputs[:, 0], outputs[:, 0])
+        else:
+            own = outputs.gather(1, labels[:, None])[:, 0]
+            others = outputs.scatter(1, labels[:, None], -torch.inf)
+            margin = others.amax(dim=1) - own
+        (gradient,) = torch.autograd.grad(margin.sum(), x)
+        return gradient.nan_to_num(nan=0.0)
+
+
+class NotDifferentiableError(Exception):
+    """The network's output has no gradient."""
+
+
+class ScoreLayers(Protocol):
+    """What scores the layers of a network, such as :func:`score_layers`."""
+
+    def __call__(
+        self, features: FeatureMap, X: Array, y: NDArray[Any] | None, *, rng: np.random.Generator
+    ) -> LayerScores: ...  # noqa: D102
+
+
+def choose_layer(
+    features: FeatureMap, X: Array, y: NDArray[Any] | None, score: ScoreLayers
+) -> tuple[str, LayerScores | None]:
+    """Return the layer of the best score, or one in the middle if layers cannot be compared.
+
+    Parameters
+    ----------
+    features : FeatureMap
+        After ``probe`` with the network's output.
+    X : array of shape (n, n_features)
+        The training samples.
+    y : ndarray of shape (n,), or None
+        Their classes.
+    score : callable
+        As :func:`score_layers`.
+
+    Returns
+    -------
+    layer : str
+    scores : LayerScores or None
+        None, with a warning, if there are too few samples or the network cannot be attacked.
+    """
+    if len(X) < MIN_SAMPLES:
+        reason = f"there are only {len(X)} training samples, and it takes {MIN_SAMPLES}"
+    elif features.integer_input:
+        reason = "the network takes integers, which cannot be attacked by small steps"
+    else:
+        try:
+            found = score(features, X, y, rng=np.random.default_rng(0))
+        except NotDifferentiableError:
+            reason = "the network's output has no gradient with respect to its input"
+        else:
+            return found.best, found
+    layers = features.find_layers(MAX_LAYERS)
+    hidden = [layer for layer in layers if layer not in (INPUT, features.output)] or layers
+    middle = hidden[(len(hidden) - 1) // 2]
+    warnings.warn(
+        f"layers='auto' cannot compare the layers under attack, since {reason}. It uses "
+        f"{middle!r}, in the middle of the network; name layers to choose others.",
+        stacklevel=find_user_level(),
+    )
+    return middle, None
+
+
+def score_layers(
+    features: FeatureMap,
+    X: Array,
+    y: NDArray[Any],
+    *,
+    eps: float | None = None,
+    n_held_out: int = N_HELD_OUT,
+    rng: np.random.Generator,
+) -> LayerScores:
+    """Score each layer by the nearest other training sample of attacked ones.
+
+    Parameters
+    ----------
+    features, X, y, eps, n_held_out, rng
+        As :class:`HeldOutAttack` takes them.
+
+    Returns
+    -------
+    LayerScores
+        Accuracy of the nearest neighbour, by cosine.
+
+    Raises
+    ------
+    NotDifferentiableError
+        If the network's output has no gradient.
+    """
+    layers = features.find_layers(MAX_LAYERS)
+    attack = HeldOutAttack(features, X, y, eps=eps, n_held_out=n_held_out, rng=rng)
+    sampled = SampledFeatures(features, layers, X[:1], rng)
+    queries = [sampled(attacked) for attacked in attack]
+    joined = {layer: torch.cat([q[layer] for q in queries]) for layer in layers}
+    own = torch.from_numpy(np.tile(attack.index, len(queries))).to(features.device)
+    references = np.sort(rng.permutation(len(X))[:MAX_REFERENCES])
+    found = _nearest(sampled, joined, own, X, references)
+    correct = {
+        layer: (y[index] == np.tile(y[attack.index], len(queries))).reshape(len(queries), -1)
+        for layer, index in found.items()
+    }
+    if attack.kept > MAX_KEPT:
+        warnings.warn(
+            f"layers='auto': no attack changes more than {1 - attack.kept:.0%} of the network's "
+            "predictions, so layers are compared on samples that are hardly attacked.",
+            stacklevel=find_user_level(),
+        )
+    per_sample = {layer: values.mean(axis=0) for layer, values in correct.items()}
+    best = max(per_sample.values(), key=lambda values: values.mean())
+    error = best.std(ddof=1) / np.sqrt(len(best))
+    scores = {layer: values.mean(axis=1) for layer, values in correct.items()}
+    return LayerScores(scores, attack.radii, float(error))
+
+
+class SampledFeatures:
+    """Features of several layers, at most MAX_FEATURES of each, drawn at random.
+
+    Parameters
+    ----------
+    features : FeatureMap
+    layers : tuple of str
+    X : array of shape (1, n_features)
+        Any sample.
+    rng : numpy.random.Generator
+    """
+
+    def __init__(
+        self, features: FeatureMap, layers: tuple[str, ...], X: Array, rng: np.random.Generator
+    ) -> None:
+        self._features, self._layers = features, layers
+        sizes = {name: f.shape[1] for name, f in features(X, layers, check_finite=False).items()}
+        self._columns = {
+            name: torch.from_numpy(np.sort(rng.permutation(size)[:MAX_FEATURES]))
+            for name, size in sizes.items()
+        }
+        row_bytes = sum(sizes.values()) * features.dtype.itemsize
+        # The outputs of all layers, and the copies that batches are put together from.
+        budget = int(get_config()["working_memory"] * 2**20) // 4
+        self.block_size = max(1, min(1024, budget // row_bytes))
+
+    def __call__(self, X: Array) -> dict[str, torch.Tensor]:
+        """Return the features by layer, (n, n_sampled)."""
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self._layers}
+        for start in range(0, len(X), self.block_size):
+            block = X[start : start + self.block_size]
+            for name, found in self._features(block, self._layers, check_finite=False).items():
+                parts[name].append(found[:, self._columns[name].to(found.device)])
+        return {name: torch.cat(blocks) for name, blocks in parts.items()}
+
+
+def _nearest(
+    sampled: SampledFeatures,
+    queries: dict[str, torch.Tensor],
+    own: torch.Tensor,
+    X: Array,
+    references: NDArray[np.int64],
+) -> dict[str, NDArray[np.int64]]:
+    """Find the nearest of some training samples but the query itself, by cosine.
+
+    Returns
+    -------
+    dict of str to ndarray of shape (n_queries,), int64
+        Positions in X.
+    """
+    device = own.device
+    unit = {name: _normalize(f) for name, f in queries.items()}
+    best = {
+        name: torch.full(own.shape, -torch.inf, device=device, dtype=f.dtype)
+        for name, f in unit.items()
+    }
+    index = {name: torch.zeros_like(own) for name in unit}
+    for start in range(0, len(references), sampled.block_size):
+        block = references[start : start + sampled.block_size]
+        places = torch.from_numpy(block).to(device)
+        is_own = own[:, None] == places
+        for name, found in sampled(X[block]).items():
+            cosine = (unit[name] @ _normalize(found).T).masked_fill_(is_own, -torch.inf)
+            highest, place = cosine.max(dim=1)
+            closer = highest > best[name]
+            best[name] = torch.where(closer, highest, best[name])
+            index[name] = torch.where(closer, places[place], index[name])
+    return {name: found.cpu().numpy() for name, found in index.items()}
+
+
+METRIC = "cosine"
+
+
+def _normalize(features: torch.Tensor) -> torch.Tensor:
+    finite = features.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.nn.functional.normalize(finite, dim=1)
+
+
+def draw_by_class(y: NDArray[Any], size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw positions of samples at random, as evenly from the classes as they allow.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n,)
+    size : int
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of shape (min(n, size),), int64
+        In random order.
+    """
+    shuffled = rng.permutation(len(y))
+    _, labels = np.unique(y[shuffled], return_inverse=True)
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(labels.max() + 1))
+    rank = np.empty(len(y), dtype=np.int64)
+    rank[order] = np.arange(len(y)) - starts[labels[order]]
+    return shuffled[np.argsort(rank, kind="stable")[:size]]
+
+
+def input_range(features: FeatureMap, X: Array) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the smallest and largest values of the input, and the unit of a radius.
+
+    Parameters
+    ----------
+    features : FeatureMap
+    X : array of shape (n, n_features)
+
+    Returns
+    -------
+    low, high, unit : torch.Tensor of shape (n_features,)
+        0, 1 and 1 if all values lie in [0, 1]; else the range of each feature, or for images of
+        each channel.
+    """
+    shape = features.input_shape
+    low = features.to_device(np.asarray(X.min(0)) if isinstance(X, np.ndarray) else X.amin(0))
+    high = features.to_device(np.asarray(X.max(0)) if isinstance(X, np.ndarray) else X.amax(0))
+    if low.min() >= 0 and high.max() <= 1:
+        return torch.zeros_like(low), torch.ones_like(low), torch.ones_like(low)
+    if len(shape) > 1:
+        low = low.reshape(shape[0], -1).amin(1, keepdim=True).expand(-1, low.numel() // shape[0])
+        high = high.reshape(shape[0], -1).amax(1, keepdim=True).expand(-1, high.numel() // shape[0])
+        low, high = low.reshape(-1), high.reshape(-1)
+    return low, high, high - low

@@ -1,0 +1,79 @@
+"""The table of the detectors' names, and what ``ThreatScorer(method=...)`` stands for."""
+
+import difflib
+from typing import Any
+
+import numpy as np
+
+from .base import Detector
+from .conformity import Credibility, Disagreement
+from .density import KernelDensity
+from .distance import Distance, LocalIntrinsicDimensionality
+from .mahalanobis import Mahalanobis
+from .outliers import OutlierDetector
+from .squeezing import FeatureSqueezing
+
+DETECTORS: dict[str, type[Detector]] = {
+    "credibility": Credibility,
+    "disagreement": Disagreement,
+    "distance": Distance,
+    "kernel_density": KernelDensity,
+    "mahalanobis": Mahalanobis,
+    "lid": LocalIntrinsicDimensionality,
+    "feature_squeezing": FeatureSqueezing,
+}
+
+
+def make_detectors(method: Any, rng: np.random.RandomState) -> dict[str, Detector]:
+    """Create the detectors that a ``method`` other than ``"auto"`` stands for.
+
+    Parameters
+    ----------
+    method : str, estimator, or list or tuple of these
+        Names in the table, and outlier detectors with the interface of scikit-learn or PyOD.
+    rng : numpy.random.RandomState
+        Draws the seeds of outlier detectors.
+
+    Returns
+    -------
+    dict of str to Detector
+        An outlier detector's name is its class's in lower case, with a number where several
+        methods would have the same.
+
+    Raises
+    ------
+    ValueError
+        If there is no method, one is not in the table, or one is named twice.
+    TypeError
+        If an object is no outlier detector that can score new samples.
+    """
+    methods = list(method) if isinstance(method, list | tuple) else [method]
+    named = [m for m in methods if isinstance(m, str)]
+    unknown = [m for m in named if m not in DETECTORS]
+    if unknown or not methods or len(set(named)) < len(named):
+        hints = [_hint(name) for name in unknown]
+        raise ValueError(
+            f"method={method!r} must be one of {sorted(DETECTORS)}, an outlier detector with the "
+            "interface of scikit-learn or PyOD, such as IsolationForest(), or a list of one or "
+            "more of these that names each once." + "".join(hints)
+        )
+    largest = np.iinfo(np.int32).max
+    made = [
+        DETECTORS[m]() if isinstance(m, str) else OutlierDetector(m, rng.randint(largest))
+        for m in methods
+    ]
+    names = [m if isinstance(m, str) else type(m).__name__.lower() for m in methods]
+    detectors = {}
+    for i, (name, detector) in enumerate(zip(names, made, strict=True)):
+        is_shared = not isinstance(methods[i], str) and names.count(name) > 1
+        # As scikit-learn's make_pipeline and make_union number their steps.
+        number = names[: i + 1].count(name)
+        detectors[f"{name}-{number}" if is_shared else name] = detector
+    return detectors
+
+
+def _hint(name: str) -> str:
+    if name == "auto":
+        return " 'auto' cannot be in a list."
+    closest = difflib.get_close_matches(name.lower(), DETECTORS, n=1)
+    return f" Did you mean {closest[0]!r}?" if closest else ""

@@ -1,0 +1,71 @@
+"""The tables of results in the documentation."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "docs" / "paper_tables.py"
+
+pytestmark = pytest.mark.skipif(not TABLES.exists(), reason="the documentation is not here")
+
+
+@pytest.fixture(scope="module")
+def paper_tables():
+    spec = importlib.util.spec_from_file_location("paper_tables", TABLES)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def target(paper_tables, tmp_path_factory):
+    target = tmp_path_factory.mktemp("docs") / "results"
+    paper_tables.write_tables(ROOT / "benchmarks" / "results", target)
+    return target
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_tables_are_small_enough_for_a_phone(target):
+    paths = list((target / "small").glob("*.csv"))
+    assert len(paths) == 6
+    for path in paths:
+        rows = read(path)
+        assert len(rows) <= 10
+        assert {len(row) for row in rows} <= {3, 4, 5}
+
+
+def test_numbers_are_those_of_the_results(target):
+    (rails,) = (
+        row
+        for row in csv.DictReader((target / "table1.csv").open(encoding="utf-8"))
+        if (row["network"], row["classifier"]) == ("mnist", "RAILS")
+    )
+    (line,) = (row for row in read(target / "small" / "accuracy.csv") if row[0] == "MNIST")
+    clean, robust = line[-1].split(" / ")  # the last column is RAILS
+    assert rails["clean"].startswith(f"{clean} (")
+    assert rails["robust"].startswith(f"{robust} (")
+    (line,) = (row for row in read(target / "small" / "gain.csv") if row[0] == "MNIST")
+    assert line[1] == rails["robust against k-NN vote"]
+    assert line[2] == "+5.6"  # 76.67 - 71.05 in the paper
+    assert line[3] == rails["robust against DkNN"]
+
+
+def test_complete_results_can_be_downloaded(target):
+    source = ROOT / "benchmarks" / "results" / "table1.csv"
+    assert (target / "table1.csv").read_bytes() == source.read_bytes()
+
+
+def test_a_result_that_is_missing_or_there_twice_is_an_error(paper_tables):
+    row = {"network": "mnist", "classifier": "RAILS"}
+    assert paper_tables.select([row], network="mnist") is row
+    with pytest.raises(ValueError, match="0 rows"):
+        paper_tables.select([row], network="svhn")
+    with pytest.raises(ValueError, match="2 rows"):
+        paper_tables.select([row, row], network="mnist")
