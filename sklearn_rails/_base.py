@@ -37,7 +37,7 @@ LARGEST_SIZE = 2**31 - 1
 
 # What every estimator of the package accepts for a network's place, precision and cuts.
 NETWORK_CONSTRAINTS = {
-    "layers": [None, str, "array-like"],
+    "layers": "no_validation",  # by TruncatedNetwork.resolve_layers
     "input_shape": [None, "array-like"],
     "device": [str, torch.device],
     "dtype": [StrOptions(set(DTYPES))],

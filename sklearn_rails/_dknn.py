@@ -83,6 +83,9 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         Neighbours in each layer.
     n_calibration_ : int
         Number of calibration samples.
+    training_data_ : tuple of ndarray
+        The training samples, of shape (n, *input_shape), and their classes; not in a pickled
+        estimator.
 
     See Also
     --------
@@ -145,6 +148,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     }
 
     layer_scores_: LayerScores | None
+    _training_data: tuple[Any, NDArray[np.intp]] | None
 
     def __init__(
         self,
@@ -217,6 +221,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             X_calibration, y_calibration = samples[held_out], labels[held_out]
             train = np.setdiff1d(train, held_out)
         self._labels = labels[train]
+        self._training_data = samples, labels
         n_others = len(train) if self_index is None else len(train) - 1
         self.n_neighbors_ = min(int(self.n_neighbors), n_others)
         one_class = np.zeros(len(train), dtype=np.int64)
@@ -315,6 +320,23 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         """
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
+
+    @property
+    def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The samples that ``fit`` got, of shape (n, *input_shape), and their classes."""
+        if self._training_data is None:
+            raise AttributeError(
+                "A loaded DkNNClassifier has the features of its training samples, but not the "
+                "samples themselves: fit it again."
+            )
+        samples, labels = self._training_data
+        samples = samples.cpu().numpy() if isinstance(samples, torch.Tensor) else samples
+        return samples.reshape(len(samples), *self.input_shape_), self.classes_[labels]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Predictions need the features alone, and a file is smaller without the samples.
+        state = super().__getstate__()
+        return state | ({"_training_data": None} if "_training_data" in state else {})
 
     def _vote(self, X: Any, self_index: NDArray[Any] | None = None) -> list[NDArray[Any]]:
         """Count the neighbours of each class, and measure how close the nearest of them is.

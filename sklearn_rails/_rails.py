@@ -159,6 +159,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ``classes_``.
     engine_ : ImmuneEngine
         What ``fit`` builds and ``predict`` runs, immutable.
+    training_data_ : tuple of ndarray
+        The training samples, of shape (n, n_features) or (n, *input_shape), and their classes.
     seed_ : int
         The random numbers are a function of it, the layer and the generation.
     threat_scorer_ : estimator
@@ -578,6 +580,13 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             rows, alarms=alarms, n_jobs=fitted.n_jobs, verbose=fitted.verbose
         )
         return self.classes_[scores.argmax(axis=1)], alarms
+
+    @property
+    def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The samples that the classifier was fitted on, as ``fit`` got them, and their classes."""
+        rows = self.engine_.layers[0].bank.cells if self._rows is None else self._rows
+        rows = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
+        return rows.reshape(len(rows), *self._given_shape), self.classes_[self._labels]
 
     @property
     def neighbors_(self) -> dict[str, ClassNeighbors]:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from numbers import Integral
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ from sklearn.utils.validation import (
     column_or_1d,
     validate_data,
 )
+from torch.utils.data import DataLoader, Dataset
 
 Samples = NDArray[Any] | torch.Tensor
 
@@ -96,12 +97,16 @@ def validate_fit_rows(
     TypeError, ValueError
         If X, y or ``input_shape`` does not fit.
     """
-    expected = _check_shape(input_shape)
+    expected = check_shape(input_shape)
     flat, shape = flatten(X)
     if expected is not None and len(shape) > 1 and shape != expected:
         raise ValueError(
             f"input_shape={expected} was given, but the samples of X have shape {shape}."
-            + shape_hint(flat, shape, expected)
+            + (
+                f" It is the shape of one sample, without their number: pass input_shape={shape}."
+                if len(expected) > 3 and expected[1:] == shape
+                else shape_hint(flat, shape, expected)
+            )
         )
     flat, y = validate_flat(estimator, flat, y, reset=True, keep_integers=keep_integers)
     if expected is not None and math.prod(expected) != flat.shape[1]:
@@ -154,7 +159,22 @@ def check_known_labels(y: ArrayLike, classes: ArrayLike, source: str) -> None:
         raise ValueError(f"y has labels that are not among {source}: {unknown}.")
 
 
-def _check_shape(input_shape: Iterable[int] | None) -> tuple[int, ...] | None:
+def check_shape(input_shape: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Check the ``input_shape`` parameter.
+
+    Parameters
+    ----------
+    input_shape : iterable of int, or None
+
+    Returns
+    -------
+    tuple of int, or None
+
+    Raises
+    ------
+    ValueError
+        If it does not hold positive integers.
+    """
     if input_shape is None:
         return None
     sizes = tuple(plain_scalar(size) for size in input_shape)
@@ -181,6 +201,8 @@ def shape_hint(X: Any, shape: tuple[int, ...], expected: tuple[int, ...]) -> str
     str
     """
     given = (*X.shape[:1], *(shape or X.shape[1:])) if hasattr(X, "shape") else ()
+    if given == (math.prod(expected),):
+        return " That is a single sample: pass X[None]."
     if len(expected) < 2 or shape == expected:
         return ""
     if given == expected:
@@ -212,7 +234,19 @@ def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
         Of shape (n, n_features) if it had more than two dimensions, else for scikit-learn to check.
     shape : tuple of int
         Shape of one sample before; () with less than three dimensions.
+
+    Raises
+    ------
+    TypeError
+        If X is a loader of batches, or another iterator.
+    ValueError
+        If it is not an array of samples of one shape.
     """
+    if isinstance(X, DataLoader | Dataset | Iterator):
+        raise TypeError(
+            f"X must be an array or a tensor, got a {type(X).__name__}. Of a DataLoader, join the "
+            "batches: X, y = (torch.cat(part) for part in zip(*loader))."
+        )
     if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):
         try:
             X = torch.stack([torch.as_tensor(sample) for sample in X])
@@ -320,8 +354,14 @@ def validate_flat(
     ValueError
         If X or y does not fit.
     """
-    y_required = reset and get_tags(estimator).target_tags.required
     y = plain_labels(y)
+    shape = tuple(getattr(y, "shape", ()))
+    if len(shape) == 2 and shape[1] > 1:
+        raise ValueError(
+            f"y should be a 1d array, got an array of shape {shape} instead. Of one-hot labels, "
+            "pass y.argmax(axis=1)."
+        )
+    y_required = reset and get_tags(estimator).target_tags.required
     if isinstance(X, torch.Tensor):
         _validate_tensor(estimator, X, reset=reset)
         if y is not None or y_required:

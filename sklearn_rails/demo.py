@@ -22,14 +22,15 @@ from torch import nn
 from torch.nn.functional import max_pool2d
 
 from . import DkNNClassifier, RAILSClassifier
+from .attacks import pgd
 from .datasets import fetch_image_benchmark, load_digit_images
-from .features.frozen import as_module
 from .inspection import ImmuneResponseDisplay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-EPS = 60 / 255
+# Radius and step of the attack.
+EPS, STEP = 60 / 255, 20 / 255
 
 # Chosen by the mean of clean and robust accuracy on held-out training images, attacked in the same
 # way: k, rho and the like on 20 splits of the digits and 8 of MNIST, each with its own network, and
@@ -137,70 +138,6 @@ def train_network(
             train_split=None,
             verbose=verbose,
         ).fit(X, y)
-
-
-def pgd(
-    network: Any,
-    X: NDArray[np.float32],
-    y: NDArray[np.int64],
-    *,
-    eps: float = EPS,
-    step: float = 20 / 255,
-    max_iter: int = 20,
-) -> NDArray[np.float32]:
-    """Attack a network by projected gradient descent in an L-infinity ball around each image.
-
-    The attack starts from the image itself, not from a random point of the ball.
-
-    Parameters
-    ----------
-    network : torch.nn.Module or fitted skorch net
-        The network, on the CPU; its output are logits.
-    X : ndarray of shape (n, channels, height, width), float32
-        Images in [0, 1].
-    y : ndarray of shape (n,), int64
-        Classes of the images, from 0 on.
-    eps : float, default=60/255
-        Radius of the ball.
-    step : float, default=20/255
-        Size of a step.
-    max_iter : int, default=20
-        Number of steps.
-
-    Returns
-    -------
-    ndarray of the shape of ``X``, float32
-        The attacked images, in [0, 1].
-
-    Raises
-    ------
-    ImportError
-        If adversarial-robustness-toolbox is not installed.
-    """
-    try:
-        from art.attacks.evasion import ProjectedGradientDescentPyTorch
-        from art.estimators.classification import PyTorchClassifier
-    except ImportError as error:
-        raise ImportError(
-            "pgd requires adversarial-robustness-toolbox. You can install it with "
-            "`pip install sklearn-rails[attacks]`."
-        ) from error
-    module = as_module(network, "network").eval()
-    with torch.no_grad():
-        n_classes = module(torch.from_numpy(X[:1])).shape[1]
-    target = PyTorchClassifier(
-        module,
-        loss=nn.CrossEntropyLoss(),
-        input_shape=X.shape[1:],
-        nb_classes=n_classes,
-        clip_values=(0, 1),
-        device_type="cpu",
-    )
-    attack = ProjectedGradientDescentPyTorch(
-        target, eps=eps, eps_step=step, max_iter=max_iter, batch_size=128, verbose=False
-    )
-    attacked: NDArray[np.float32] = attack.generate(X, y)
-    return attacked
 
 
 def flatten(X: NDArray[Any]) -> NDArray[Any]:
@@ -319,7 +256,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{data.name}: training a network on {len(X_train):,} images.")
     network = train_network(X_train, y_train, max_epochs=settings["max_epochs"])
     print(f"\nAttacking the network on {len(X_test):,} test images.")
-    X_attacked = pgd(network, X_test, y_test)
+    X_attacked = pgd(network, X_test, y_test, eps=EPS, step=STEP)
 
     classifiers = {
         "pixel k-NN": make_pipeline(
@@ -349,7 +286,6 @@ def run(options: argparse.Namespace) -> None:
         # All generations, so that the curves have their full length.
         clone(classifiers["RAILS"]).set_params(early_stopping=False).fit(X_train, y_train),
         X_attacked[first],
-        X_train=X_train,
         network_labels=network_labels[first],
         y=y_test[first],
     )

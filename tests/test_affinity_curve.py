@@ -47,6 +47,22 @@ def legend_texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+def test_samples_of_a_classifier_are_compared_by_name():
+    rng = np.random.RandomState(0)
+    X, y = rng.rand(30, 8).astype(np.float32), np.arange(30) % 3
+    rails = RAILSClassifier(population_size=20, generations=2, random_state=0).fit(X, y)
+    display = AffinityCurveDisplay.from_estimator(rails, {"own": X[:6], "other": 1 - X[:4]})
+    expected = AffinityCurveDisplay.from_response({"own": rails.respond(X[:6])})
+    np.testing.assert_array_equal(display.lines_[0].get_ydata(), expected.lines_[0].get_ydata())
+    assert legend_texts(display.ax_) == ["own", "other"]
+    own, other = display.lines_
+    assert own.get_marker() != other.get_marker()
+    assert repr(display) == "AffinityCurveDisplay(6 own, 4 other, layer='input')"
+    alone = AffinityCurveDisplay.from_estimator(rails, X[:6])
+    assert repr(alone) == "AffinityCurveDisplay(6 samples, layer='input')"
+    assert alone.ax_.get_legend() is None
+
+
 def test_mean_and_band_agree_with_a_calculation_by_hand():
     # The standard deviations are 1 and 2; the half-widths are these times 1.959964 / sqrt(3).
     display = AffinityCurveDisplay({"own": [[1, 2], [2, 4], [3, 6]]}, layer="input").plot()

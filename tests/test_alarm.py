@@ -13,7 +13,7 @@ from sklearn.svm import OneClassSVM
 from torch import nn
 
 from sklearn_rails import FrozenModule, RAILSClassifier, ThreatScorer, TorchFeatureExtractor
-from sklearn_rails.demo import pgd
+from sklearn_rails.attacks import pgd
 from sklearn_rails.features.mapping import FeatureMap
 from sklearn_rails.immune import Arbitration, Triage
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from sklearn_rails import RAILSClassifier, TorchFeatureExtractor, _blocks
 from sklearn_rails._conformal import sample_rows
-from sklearn_rails.demo import pgd
+from sklearn_rails.attacks import pgd
 from sklearn_rails.features.mapping import FeatureMap
 from sklearn_rails.immune import Arbitration
 from sklearn_rails.neighbors.votes import class_margin

@@ -1,3 +1,4 @@
+import pickle
 import sys
 
 import matplotlib as mpl
@@ -7,7 +8,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from sklearn_rails import RAILSClassifier
+from sklearn_rails import DkNNClassifier, RAILSClassifier
 from sklearn_rails.inspection import ImmuneResponseDisplay
 
 mpl.use("Agg")
@@ -45,8 +46,9 @@ def test_each_input_has_a_row_of_images(grey):
     queries = 1 - X[:4]
     predicted = rails.predict(queries)
     network_labels = np.where(predicted == "cat", "cow", "cat")
+    true = np.where([True, False, True, False], predicted, network_labels)
     display = ImmuneResponseDisplay.from_estimator(
-        rails, queries, X_train=X, y=y[:4], network_labels=network_labels, n_plasma=1
+        rails, queries, y=true, network_labels=network_labels, n_plasma=1
     )
     assert display.axes_.shape == (4, 5)
     assert len(display.lines_) == 4
@@ -54,8 +56,13 @@ def test_each_input_has_a_row_of_images(grey):
     response = rails.respond(queries)
     for row, axes in enumerate(display.axes_):
         np.testing.assert_array_equal(shown(axes[0]), queries[row, 0])
-        caption = f"true {y[row]}, network {network_labels[row]}\nRAILS {predicted[row]}"
-        assert axes[0].get_xlabel() == caption
+        network, label = (
+            f"{label} ✗" if label != true[row] else label
+            for label in (network_labels[row], predicted[row])
+        )
+        assert axes[0].get_xlabel() == f"true {true[row]}, network {network}\nRAILS {label}"
+        frame = axes[0].spines["left"].get_linestyle()
+        assert frame == ("--" if predicted[row] != true[row] else "solid")
         for ax, label in ((axes[1], predicted[row]), (axes[2], network_labels[row])):
             nearest = indices["input"][row, rails.classes_.tolist().index(label), 0]
             np.testing.assert_array_equal(shown(ax), X[nearest, 0])
@@ -65,27 +72,70 @@ def test_each_input_has_a_row_of_images(grey):
         drawn = axes[4].lines[0].get_ydata()
         np.testing.assert_array_equal(drawn, curve[: len(drawn)])
         assert np.isnan(curve[len(drawn) :]).all()
+        assert axes[4].get_ylim() == display.axes_[0, 4].get_ylim()
+    assert repr(display) == "ImmuneResponseDisplay(4 responses, layer='input', 2 misclassified)"
 
 
 def test_the_networks_neighbour_is_hidden_if_the_network_agrees(grey):
     rails, X, _ = grey
     display = ImmuneResponseDisplay.from_estimator(
-        rails, X[:3], X_train=X, network_labels=rails.predict(X[:3])
+        rails, X[:3], network_labels=rails.predict(X[:3])
     )
     assert not any(ax.images for ax in display.axes_[:, 2])
+    assert display.axes_[0, 2].texts[0].get_text() == "same class"
     assert "network" in display.axes_[0, 2].get_title()
 
 
 def test_labels_are_optional(grey):
     rails, X, _ = grey
-    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, n_plasma=0)
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], n_plasma=0)
     assert display.axes_.shape == (2, 3)
     assert display.axes_[0, 0].get_xlabel() == f"RAILS {display.response.labels[0]}"
 
 
+@pytest.mark.parametrize("start_layer", [None, "0"])
+def test_a_remembered_cell_is_shown_if_it_is_the_nearest(start_layer):
+    X, y = images_and_labels(30, (1, 6, 6))
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    rails = make_rails(X, y, feature_extractor=network, layers="2", start_layer=start_layer)
+    queries = 1 - X[:3]
+    rails.remember(rails.respond(queries), confidence=0)
+    indices = rails.kneighbors(queries)[1]["2"][:, :, 0]
+    classes = rails.classes_.searchsorted(rails.predict(queries))
+    nearest = indices[np.arange(3), classes]
+    assert (nearest >= 30).any()
+    display = ImmuneResponseDisplay.from_estimator(rails, queries, n_plasma=0)
+    for row in np.flatnonzero(nearest >= 30):
+        image = shown(display.axes_[row, 1])
+        if start_layer is None:
+            cell = rails.memory_["2"].cells[nearest[row] - 30]
+            np.testing.assert_array_equal(image, cell.reshape(6, 6))
+        else:
+            assert np.ma.getmaskarray(display.axes_[row, 1].images[0].get_array()).all()
+
+
+def test_classifiers_have_their_training_data():
+    X, y = images_and_labels(30, (1, 6, 6))
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    for fitted in (
+        make_rails(X, y),
+        make_rails(X, y, feature_extractor=network, layers="2", start_layer="0"),
+        make_rails(X[:20], y[:20]).partial_fit(X[20:], y[20:]),
+        DkNNClassifier(network, random_state=0).fit(X, y),
+    ):
+        samples, labels = fitted.training_data_
+        np.testing.assert_array_equal(samples.reshape(X.shape), X)
+        np.testing.assert_array_equal(labels, y)
+    loaded = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(loaded.predict(X), fitted.predict(X))
+    assert X.tobytes() not in pickle.dumps(fitted)
+    with pytest.raises(AttributeError, match="A loaded DkNNClassifier .* fit it again"):
+        _ = loaded.training_data_
+
+
 def test_plot_again_on_a_given_figure(grey):
     rails, X, _ = grey
-    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2])
     first = display.figure_
     whole = mpl.pyplot.figure()
     part, _ = whole.subfigures(1, 2)
@@ -99,14 +149,14 @@ def test_colour_images_flat_samples_and_tensors(as_given):
     X, y = images_and_labels(30, (3, 5, 4))
     rails = make_rails(X.reshape(30, -1), y, input_shape=(3, 5, 4))
     given = as_given(X)
-    display = ImmuneResponseDisplay.from_estimator(rails, given[:2], X_train=given)
+    display = ImmuneResponseDisplay.from_estimator(rails, given[:2])
     np.testing.assert_array_equal(shown(display.axes_[1, 0]), X[1].transpose(1, 2, 0))
     assert shown(display.axes_[0, -2]).shape == (5, 4, 3)
 
 
 def test_images_without_a_channel_axis():
     X, y = images_and_labels(30, (5, 4))
-    display = ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2], X_train=X)
+    display = ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2])
     np.testing.assert_array_equal(shown(display.axes_[1, 0]), X[1])
 
 
@@ -114,13 +164,13 @@ def test_the_layer_can_be_chosen():
     X, y = images_and_labels(30, (1, 6, 6))
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
     rails = make_rails(X, y, feature_extractor=network, layers=["0", "2"])
-    first = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
-    second = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, layer="2")
+    first = ImmuneResponseDisplay.from_estimator(rails, X[:2])
+    second = ImmuneResponseDisplay.from_estimator(rails, X[:2], layer="2")
     assert "layer: 0" in first.axes_[0, -1].get_title()
     assert "layer: 2" in second.axes_[0, -1].get_title()
     assert first.lines_[0].get_ydata()[0] != second.lines_[0].get_ydata()[0]
     with pytest.raises(ValueError, match=r"layer='1' is none of the layers \['0', '2'\]"):
-        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, layer="1")
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], layer="1")
 
 
 def test_cells_of_a_hidden_layer_are_not_shown():
@@ -128,41 +178,35 @@ def test_cells_of_a_hidden_layer_are_not_shown():
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
     rails = make_rails(X, y, feature_extractor=network, layers="2", start_layer="0")
     with pytest.raises(ValueError, match="pass n_plasma=0"):
-        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
-    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, n_plasma=0)
+        ImmuneResponseDisplay.from_estimator(rails, X[:2])
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], n_plasma=0)
     assert display.axes_.shape == (2, 3)
-
-
-def test_other_training_images_are_refused(grey):
-    rails, X, _ = grey
-    with pytest.raises(ValueError, match="29 samples, but the classifier was fitted on 30"):
-        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X[1:])
 
 
 def test_labels_of_another_length_or_class_are_refused(grey):
     rails, X, y = grey
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
-        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, y=y)
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], y=y)
     with pytest.raises(ValueError, match=r"network_labels has unknown classes: .*emu"):
-        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X, network_labels=["emu", "cow"])
+        ImmuneResponseDisplay.from_estimator(rails, X[:2], network_labels=["emu", "cow"])
 
 
 def test_samples_that_are_not_images_are_refused():
     X, y = images_and_labels(30, (36,))
     with pytest.raises(ValueError, match=r"shape \(36,\) are not images"):
-        ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2], X_train=X)
+        ImmuneResponseDisplay.from_estimator(make_rails(X, y), X[:2])
 
 
 def test_an_unfitted_classifier_is_refused():
     with pytest.raises(NotFittedError):
-        ImmuneResponseDisplay.from_estimator(RAILSClassifier(), None, X_train=None)
+        ImmuneResponseDisplay.from_estimator(RAILSClassifier(), None)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(grey, monkeypatch):
     rails, X, _ = grey
-    display = ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+    display = ImmuneResponseDisplay.from_estimator(rails, X[:2])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"Display\.from_estimator requires matplotlib"):
-        ImmuneResponseDisplay.from_estimator(rails, X[:2], X_train=X)
+        ImmuneResponseDisplay.from_estimator(rails, X[:2])
     with pytest.raises(ImportError, match=r"Display\.plot requires matplotlib"):
         display.plot()

@@ -49,12 +49,16 @@ def test_histograms_share_bins_and_have_the_colours_of_their_curves():
     display = ThreatDisplay.from_predictions([0, 1, 2], {"a": [1, 3], "b": [9]}, axes=axes)
     assert display.axes_[0] is axes[0]
     assert display.figure_ is axes[0].figure
-    clean, a, b = axes[0].containers
-    edges = [[bar.get_x() for bar in bars] for bars in (clean, a, b)]
-    assert edges[0] == edges[1] == edges[2]
-    assert edges[0][0] == pytest.approx(0)
-    for bars, line in zip((a, b), axes[1].lines, strict=True):
-        assert mpl.colors.same_color(bars[0].get_facecolor()[:3], line.get_color())
+    (clean,) = axes[0].containers
+    edges = np.unique([(bar.get_x(), bar.get_x() + bar.get_width()) for bar in clean])
+    assert edges[0] == pytest.approx(0)
+    outlines = [p for p in axes[0].patches if isinstance(p, mpl.patches.Polygon)]
+    for outline, line in zip(outlines, axes[1].lines, strict=True):
+        assert np.isclose(outline.get_xy()[:, :1], edges).any(axis=1).all()
+        assert mpl.colors.same_color(outline.get_edgecolor()[:3], line.get_color())
+    for drawn in (outlines, axes[1].lines):
+        assert len({str(one.get_linestyle()) for one in drawn}) == 2
+    assert repr(display) == "ThreatDisplay(3 clean, 2 a (AUC 0.750), 1 b (AUC 1.000))"
 
 
 def test_an_infinite_threshold_is_not_drawn():

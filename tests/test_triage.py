@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator
 from sklearn.ensemble import IsolationForest
 
 from sklearn_rails import RAILSClassifier, ThreatScorer
-from sklearn_rails.demo import pgd
+from sklearn_rails.attacks import pgd
 from sklearn_rails.immune import Triage, layer
 from sklearn_rails.immune.alarms import check_threat_scores
 

@@ -22,7 +22,7 @@ from torch import nn
 from train import attack_settings
 
 from sklearn_rails import ThreatScorer
-from sklearn_rails.demo import pgd
+from sklearn_rails.attacks import pgd
 
 
 def network_attacks(task):

@@ -11,7 +11,7 @@ import numpy as np
 from common import describe, difference, main, share
 from train import attack_settings
 
-from sklearn_rails.demo import pgd
+from sklearn_rails.attacks import pgd
 from sklearn_rails.inspection import AffinityCurveDisplay
 
 

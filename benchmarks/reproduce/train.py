@@ -17,8 +17,9 @@ from skorch import NeuralNetClassifier
 from skorch.callbacks import Callback, LRScheduler
 from torch import nn
 
+from sklearn_rails.attacks import pgd
 from sklearn_rails.datasets import fetch_image_benchmark, load_digit_images
-from sklearn_rails.demo import SmallCNN, pgd
+from sklearn_rails.demo import SmallCNN
 
 CACHE = Path(os.environ.get("SKLEARN_RAILS_CACHE", Path.home() / ".cache" / "sklearn_rails"))
 

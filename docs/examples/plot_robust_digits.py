@@ -21,8 +21,9 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier
+from sklearn_rails.attacks import pgd
 from sklearn_rails.datasets import load_digit_images
-from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.demo import train_network
 from sklearn_rails.inspection import ImmuneResponseDisplay
 
 digits = load_digit_images(test_size=200)
@@ -41,10 +42,10 @@ print(f"accuracy of the network: {net.score(X_test, y_test):.3f}")
 # %%
 # Choosing layers and parameters
 # ------------------------------
-# The attack is projected gradient descent from the Adversarial Robustness Toolbox, which may change
-# each pixel by ``eps``. An early layer is harder to attack, a late one separates classes better.
-# The layer with the best mean of clean and attacked accuracy on the held-out images is chosen. The
-# number of neighbours of DkNN is chosen in the same way, since the baseline should be tuned too.
+# The attack is projected gradient descent, which may change each pixel by ``eps``. An early layer
+# is harder to attack, a late one separates classes better. The layer with the best mean of clean
+# and attacked accuracy on the held-out images is chosen. The number of neighbours of DkNN is chosen
+# in the same way, since the baseline should be tuned too.
 
 X_val_attacked = pgd(net, X_val, y_val, eps=0.15, step=0.03)
 
@@ -128,7 +129,6 @@ first = np.flatnonzero(fooled)[:4]
 ImmuneResponseDisplay.from_estimator(
     classifiers[f"RAILS, {hidden}"],
     X_attacked[first],
-    X_train=X_train,
     network_labels=net.predict(X_attacked[first]),
     y=y_test[first],
 )

@@ -16,8 +16,9 @@ attacked images from clean ones.
 import numpy as np
 
 from sklearn_rails import ThreatScorer
+from sklearn_rails.attacks import pgd
 from sklearn_rails.datasets import load_digit_images
-from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.demo import train_network
 from sklearn_rails.inspection import ThreatDisplay
 
 digits = load_digit_images()

@@ -1,5 +1,6 @@
-"""Attacks on the estimators themselves, which take the defence into account."""
+"""Attacks on a network, and on the estimators that defend it."""
 
 from ._adaptive import AdaptiveKNNAttack
+from ._pgd import pgd
 
-__all__ = ["AdaptiveKNNAttack"]
+__all__ = ["AdaptiveKNNAttack", "pgd"]

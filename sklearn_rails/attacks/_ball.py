@@ -45,8 +45,7 @@ class Ball:
         if (samples < self._domain[0]).any() or (samples > self._domain[1]).any():
             raise ValueError(
                 f"clip={self._clip!r} does not hold {name}, whose values are from "
-                f"{samples.min():g} to {samples.max():g}. Use clip='auto' for the domain of "
-                "X_train."
+                f"{samples.min():g} to {samples.max():g}. Pass their range, or None for no bounds."
             )
 
     def bounds(self, samples: Tensor) -> tuple[Tensor, Tensor]:

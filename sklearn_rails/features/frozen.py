@@ -4,7 +4,7 @@ import io
 import sys
 import types
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import cloudpickle
@@ -238,9 +238,14 @@ def as_module(network: object, parameter: str = "module") -> nn.Module:
             )
         module: nn.Module = network.module_  # type: ignore[attr-defined]
         return module
+    hint = ""
+    if isinstance(network, type):
+        hint = f" Pass a fitted network, not its class {network.__name__}."
+    elif isinstance(network, Mapping):
+        hint = " A state_dict holds the weights alone: load it into its module, and pass that."
     raise TypeError(
         f"{parameter} must be a torch.nn.Module, a fitted skorch net or a FrozenModule, got "
-        f"{type(network).__name__}."
+        f"{type(network).__name__}.{hint}"
     )
 
 

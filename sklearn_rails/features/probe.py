@@ -205,7 +205,11 @@ class Probe:
     def _explain(self, errors: Sequence[Exception]) -> str:
         texts = [f"{type(error).__name__}: {error}".rstrip(".") for error in errors]
         shape, said = self._network.input_shape, " ".join(texts)
-        hints = ["input_shape sets the shape of a sample."]
+        hints = ["input_shape sets the shape of a sample, such as (1, 28, 28)."]
+        if len(shape) == 2:
+            hints += [
+                "If X is a single image, pass X[None]; if it has no axis of channels, X[:, None]."
+            ]
         if len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4):
             hints = [
                 "The channels seem to stand last: torch wants them first, as in "

@@ -1,7 +1,8 @@
 """Run a network only as far as a named layer, or from one layer to another."""
 
+import difflib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +178,8 @@ class TruncatedNetwork:
 
         Raises
         ------
+        TypeError
+            If a name is not a string.
         ValueError
             If a name is unknown or occurs twice, or there is none.
         """
@@ -184,8 +187,17 @@ class TruncatedNetwork:
             return (INPUT if self.module is None else self.output,)
         if isinstance(layers, set | frozenset):
             raise ValueError(f"{parameter}={layers!r} has no order; give a list or a tuple.")
-        names = (layers,) if isinstance(layers, str) else tuple(layers)
         known = [*self.layers, INPUT] + ([] if self.module is None else [self.output])
+        names = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        names = (layers,) if isinstance(layers, str) else names
+        others = [name for name in names if not isinstance(name, str)]
+        if others:
+            example = next((str(o) for o in others if str(o) in known), known[0])
+            raise TypeError(
+                f"{parameter} must name layers by strings, such as {example!r}, as "
+                f"module.named_modules() does; got {type(others[0]).__name__}: {others[0]!r}. The "
+                f"network has: {known}."
+            )
         scripted = [name for name in names if name in self._scripted]
         if scripted:
             raise ValueError(
@@ -195,9 +207,12 @@ class TruncatedNetwork:
             )
         unknown = [name for name in names if name not in known]
         if unknown:
+            lower = {name.lower(): name for name in known}
+            near = difflib.get_close_matches(unknown[0].lower(), lower, n=1)
             raise ValueError(
                 f"{parameter}={layers!r} names layers that the network does not have: {unknown}. "
-                f"It has: {known}."
+                + (f"Did you mean {lower[near[0]]!r}? " if near else "")
+                + f"It has: {known}."
             )
         if not names or len(set(names)) < len(names):
             raise ValueError(

@@ -1,7 +1,8 @@
-"""Displays that explain predictions and show threat scores."""
+"""Displays that explain predictions, compare layers, and show threat scores."""
 
 from ._affinity_curve import AffinityCurveDisplay
 from ._immune_response import ImmuneResponseDisplay
+from ._layers import LayerDisplay
 from ._threat import ThreatDisplay
 
-__all__ = ["AffinityCurveDisplay", "ImmuneResponseDisplay", "ThreatDisplay"]
+__all__ = ["AffinityCurveDisplay", "ImmuneResponseDisplay", "LayerDisplay", "ThreatDisplay"]

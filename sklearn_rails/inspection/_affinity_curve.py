@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
+from sklearn.utils.validation import check_is_fitted
 
 from ..immune import ImmuneResponse
-from ._matplotlib import check_matplotlib
+from ._matplotlib import COLORS, MARKERS, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +29,8 @@ class AffinityCurveDisplay:
     would compare different samples at different generations. Several lines compare responses, as
     [1]_ does for populations flocked for the input itself and for another one.
 
-    Use :meth:`from_response` to create a display. All parameters are stored as attributes.
+    Use :meth:`from_estimator` or :meth:`from_response` to create a display. All parameters are
+    stored as attributes.
 
     Parameters
     ----------
@@ -71,12 +74,10 @@ class AffinityCurveDisplay:
     >>> rails = RAILSClassifier(
     ...     population_size=50, generations=5, early_stopping=False, random_state=0
     ... ).fit(X[:500], y[:500])
-    >>> digits = rails.respond(X[500:510])
-    >>> negatives = rails.respond(1 - X[500:510])
-    >>> AffinityCurveDisplay.from_response(
-    ...     {"digits": digits, "negatives": negatives}
+    >>> AffinityCurveDisplay.from_estimator(
+    ...     rails, {"digits": X[500:510], "negatives": 1 - X[500:510]}
     ... )
-    <...>
+    AffinityCurveDisplay(10 digits, 10 negatives, layer='input')
     >>> plt.show()
     """
 
@@ -91,6 +92,48 @@ class AffinityCurveDisplay:
         self.curves = curves
         self.layer = layer
         self.confidence = confidence
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: ArrayLike | torch.Tensor | Mapping[str | None, ArrayLike | torch.Tensor],
+        *,
+        layer: str | None = None,
+        confidence: float = 0.95,
+        ax: Axes | None = None,
+        **line_kwargs: Any,
+    ) -> AffinityCurveDisplay:
+        """Compute a classifier's responses to samples, and plot their affinity curves.
+
+        Parameters
+        ----------
+        estimator : RAILSClassifier
+            A fitted classifier.
+        X : array-like of shape (n, n_features) or (n, *input_shape), or dict of str to array-like
+            The samples, or several sets of them to compare, by their labels in the legend.
+        layer, confidence, ax, **line_kwargs
+            As :meth:`from_response` takes them.
+
+        Returns
+        -------
+        :class:`~sklearn_rails.inspection.AffinityCurveDisplay`
+            The display.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        ValueError
+            As :meth:`from_response`, or if the samples do not fit the classifier.
+        """
+        check_matplotlib(f"{cls.__name__}.from_estimator")
+        check_is_fitted(estimator)
+        sets = X if isinstance(X, Mapping) else {None: X}
+        responses = {label: estimator.respond(samples) for label, samples in sets.items()}
+        return cls.from_response(
+            responses, layer=layer, confidence=confidence, ax=ax, **line_kwargs
+        )
 
     @classmethod
     def from_response(
@@ -181,10 +224,11 @@ class AffinityCurveDisplay:
         # Computed before a figure is created, so that an error leaves no empty one behind.
         intervals = self._intervals()
         if ax is None:
-            _, ax = plt.subplots()
+            _, ax = plt.subplots(layout="constrained")
         self.lines_, self.bands_ = [], []
-        for label, (mean, half_width) in intervals.items():
-            (line,) = ax.plot(mean, **({"label": label, "marker": "."} | line_kwargs))
+        for i, (label, (mean, half_width)) in enumerate(intervals.items()):
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+            (line,) = ax.plot(mean, **(style | {"label": label, "markersize": 4} | line_kwargs))
             band = ax.fill_between(
                 np.arange(len(mean)),
                 mean - half_width,
@@ -203,6 +247,13 @@ class AffinityCurveDisplay:
             ax.legend()
         self.ax_, self.figure_ = ax, ax.figure
         return self
+
+    def __repr__(self) -> str:
+        sizes = [
+            f"{len(np.asarray(curves))} {'samples' if label is None else label}"
+            for label, curves in self.curves.items()
+        ]
+        return f"{type(self).__name__}({', '.join([*sizes, f'layer={self.layer!r}'])})"
 
     def _intervals(self) -> dict[str | None, tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Return the mean and half the width of its confidence interval, for each label."""

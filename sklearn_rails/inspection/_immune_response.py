@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
 from ..immune import ImmuneResponse
-from ._matplotlib import check_matplotlib
+from ._matplotlib import COLORS, MISCLASSIFIED, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,8 @@ class ImmuneResponseDisplay:
 
     A row of the figure shows the input, its nearest training example of the predicted class and of
     the network's class, the plasma cells of highest affinity, and the mean affinity of the
-    population over the generations.
+    population over the generations. A cross stands behind labels that are not the true one, and
+    an input that RAILS misclassifies has a dashed frame.
 
     Use :meth:`from_estimator` to create a display. All parameters are stored as attributes.
 
@@ -71,9 +72,9 @@ class ImmuneResponseDisplay:
     >>> digits = load_digit_images()
     >>> rails = RAILSClassifier(random_state=0).fit(digits.X_train, digits.y_train)
     >>> ImmuneResponseDisplay.from_estimator(
-    ...     rails, digits.X_test[:3], X_train=digits.X_train, y=digits.y_test[:3]
+    ...     rails, digits.X_test[:3], y=digits.y_test[:3]
     ... )
-    <...>
+    ImmuneResponseDisplay(3 responses, layer='input', 0 misclassified)
     >>> plt.show()
     """
 
@@ -108,7 +109,6 @@ class ImmuneResponseDisplay:
         estimator: Any,
         X: ArrayLike | torch.Tensor,
         *,
-        X_train: ArrayLike | torch.Tensor,
         network_labels: ArrayLike | None = None,
         y: ArrayLike | None = None,
         layer: str | None = None,
@@ -124,8 +124,6 @@ class ImmuneResponseDisplay:
             A fitted classifier of images.
         X : array-like of shape (n, n_features) or (n, *input_shape)
             The inputs; a handful.
-        X_train : array-like of shape (n_train, n_features) or (n_train, *input_shape)
-            The samples that the classifier was fitted on.
         network_labels : array-like of shape (n,), default=None
             The classes that the network alone predicts.
         y : array-like of shape (n,), default=None
@@ -149,8 +147,8 @@ class ImmuneResponseDisplay:
         ImportError
             If matplotlib is not installed.
         ValueError
-            If samples or cells are not images, the classifier does not use the layer, ``X_train``
-            is not what it was fitted on, or the numbers of labels and inputs differ.
+            If samples or cells are not images, the classifier does not use the layer, or the
+            numbers of labels and inputs differ.
         """
         check_matplotlib(f"{cls.__name__}.from_estimator")
         check_is_fitted(estimator)
@@ -162,14 +160,13 @@ class ImmuneResponseDisplay:
                 f"With start_layer={estimator.start_layer!r} cells are not images; pass n_plasma=0 "
                 "to leave them out."
             )
-        train_images = _as_images(X_train, estimator.input_shape_)
-        n_train = estimator.neighbors_[layer].n_samples_.sum()
-        if len(train_images) != n_train:
-            raise ValueError(
-                f"X_train has {len(train_images)} samples, but the classifier was fitted on "
-                f"{n_train}."
-            )
         images = _as_images(X, estimator.input_shape_)
+        examples = np.concatenate(
+            [
+                _as_images(estimator.training_data_[0], estimator.input_shape_),
+                _remembered_images(estimator, layer),
+            ]
+        )
         true = None if y is None else column_or_1d(y)
         network = None if network_labels is None else column_or_1d(network_labels)
         check_consistent_length(images, true, network)
@@ -182,7 +179,7 @@ class ImmuneResponseDisplay:
             if not known.all():
                 raise ValueError(f"network_labels has unknown classes: {set(labels[~known])}.")
             classes = np.searchsorted(estimator.classes_, labels)
-            images: NDArray[Any] = train_images[nearest[np.arange(len(labels)), classes]]
+            images: NDArray[Any] = examples[nearest[np.arange(len(labels)), classes]]
             return images
 
         plasma = response.plasma[layer][:, :n_plasma]
@@ -234,6 +231,9 @@ class ImmuneResponseDisplay:
         axes = figure.subplots(
             n_rows, n_images + 1, squeeze=False, width_ratios=[1] * n_images + [2]
         )
+        for ax in axes[1:, -1]:
+            ax.sharex(axes[0, -1])
+            ax.sharey(axes[0, -1])
         limits = min(0, self.images.min()), max(1, self.images.max())
 
         def show(ax: Axes, image: NDArray[Any], caption: object) -> None:
@@ -250,11 +250,14 @@ class ImmuneResponseDisplay:
             label = self.response.labels[row]
             input_ax, neighbor_ax, *plasma_axes = image_axes
             show(input_ax, self.images[row], self._describe(row))
+            if self._is_misclassified(row):
+                input_ax.spines[:].set(color=COLORS[1], linewidth=2, linestyle="--")
             show(neighbor_ax, self.neighbors[row], label)
             if network_labels is not None:
                 network_ax, *plasma_axes = plasma_axes
                 if network_labels[row] == label or network_neighbors is None:
                     network_ax.spines[:].set_visible(False)
+                    network_ax.text(0.5, 0.5, "same class", ha="center", va="center", color="0.4")
                 else:
                     show(network_ax, network_neighbors[row], network_labels[row])
             for ax, cell, cell_label in zip(
@@ -265,10 +268,10 @@ class ImmuneResponseDisplay:
             ):
                 show(ax, cell, cell_label)
             curve = self.response.affinity_curve[self.layer][row, :n_points]
-            self.lines_ += curve_ax.plot(curve, marker=".")
+            self.lines_ += curve_ax.plot(curve, marker=".", color=COLORS[0])
             curve_ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             curve_ax.set_xlim(-0.2, n_points - 0.8)
-            curve_ax.tick_params(labelsize="small")
+            curve_ax.tick_params(labelsize="small", labelbottom=row == n_rows - 1)
             curve_ax.yaxis.tick_right()
         self._name_columns(axes[0], n_plasma)
         axes[-1, -1].set_xlabel("generation", fontsize="small")
@@ -278,8 +281,23 @@ class ImmuneResponseDisplay:
     def _describe(self, row: int) -> str:
         parts = [] if self.y is None else [f"true {self.y[row]}"]
         if self.network_labels is not None:
-            parts.append(f"network {self.network_labels[row]}")
-        return "\n".join([", ".join(parts), f"RAILS {self.response.labels[row]}"]).lstrip()
+            parts.append(f"network {self._mark(row, self.network_labels[row])}")
+        rails = f"RAILS {self._mark(row, self.response.labels[row])}"
+        return "\n".join([", ".join(parts), rails]).lstrip()
+
+    def _mark(self, row: int, label: object) -> str:
+        is_correct = self.y is None or label == self.y[row]
+        return f"{label}" if is_correct else f"{label} {MISCLASSIFIED}"
+
+    def _is_misclassified(self, row: int) -> bool:
+        return self.y is not None and bool(self.response.labels[row] != self.y[row])
+
+    def __repr__(self) -> str:
+        n = len(self.images)
+        parts = [f"{n} response{'s' if n != 1 else ''}", f"layer={self.layer!r}"]
+        if self.y is not None:
+            parts.append(f"{sum(map(self._is_misclassified, range(n)))} misclassified")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def _name_columns(self, axes: Sequence[Axes], n_plasma: int) -> None:
         titles = ["input", "nearest of\nRAILS's class"]
@@ -289,6 +307,16 @@ class ImmuneResponseDisplay:
         titles.append(f"mean affinity\n(layer: {self.layer})")
         for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, fontsize="small")
+
+
+def _remembered_images(estimator: Any, layer: str) -> NDArray[Any]:
+    """Return the remembered cells, among the neighbours too; blanks if they are not images."""
+    cells = estimator.memory_[layer].cells
+    if estimator.start_layer is None:
+        return _as_images(cells, estimator.input_shape_)
+    return _as_images(
+        np.full((len(cells), *estimator.input_shape_), np.nan), estimator.input_shape_
+    )
 
 
 def _as_images(X: ArrayLike | torch.Tensor, input_shape: tuple[int, ...]) -> NDArray[Any]:

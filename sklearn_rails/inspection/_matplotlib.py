@@ -1,4 +1,13 @@
-"""matplotlib, an optional dependency."""
+"""matplotlib, an optional dependency, and the style of the displays."""
+
+# Colours that people with any colour vision can tell apart (Okabe and Ito), dark ones first, with
+# markers and lines that differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "D", "s", "^", "v", "P")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
+
+# Stands behind a label that is not the true one.
+MISCLASSIFIED = "\N{BALLOT X}"
 
 
 def check_matplotlib(caller: str) -> None:

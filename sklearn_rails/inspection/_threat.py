@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import auc, roc_curve
 from sklearn.utils import assert_all_finite, column_or_1d
 
-from ._matplotlib import check_matplotlib
+from ._matplotlib import COLORS, LINE_STYLES, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ class ThreatDisplay:
     >>> _ = scorer.fit(X[:1000], y[:1000])
     >>> noise = np.random.default_rng(0).uniform(0, 16, size=(200, 64))
     >>> ThreatDisplay.from_estimator(scorer, X[1000:], {"noise": noise})
-    <...>
+    ThreatDisplay(797 clean, 200 noise (AUC 1.000))
     >>> plt.show()
     """
 
@@ -201,25 +201,38 @@ class ThreatDisplay:
             )
         histogram, curves = pair
         edges = np.histogram_bin_edges(np.concatenate([threat, *attacked.values()]), bins=30)
-        style: dict[str, Any] = {"bins": edges, "density": True, "alpha": 0.5}
-        histogram.hist(threat, label="clean", color="gray", **style)
+        histogram.hist(threat, bins=edges, density=True, label="clean", color="0.75")
         self.roc_auc_ = {}
         for i, (name, scores) in enumerate(attacked.items()):
-            histogram.hist(scores, label=name, color=f"C{i}", **style)
+            style: dict[str, Any] = {
+                "color": COLORS[i % len(COLORS)],
+                "linestyle": LINE_STYLES[i % len(LINE_STYLES)],
+                "linewidth": 2,
+            }
+            # Outlines, since several filled histograms hide each other.
+            histogram.hist(scores, bins=edges, density=True, histtype="step", label=name, **style)
             is_attacked = np.repeat([0, 1], [len(threat), len(scores)])
             fpr, tpr, _ = roc_curve(is_attacked, np.concatenate([threat, scores]))
             self.roc_auc_[name] = float(auc(fpr, tpr))
-            curves.plot(fpr, tpr, color=f"C{i}", label=f"{name} (AUC {self.roc_auc_[name]:.3f})")
+            curves.plot(fpr, tpr, label=f"{name} (AUC {self.roc_auc_[name]:.3f})", **style)
         if self.threshold is not None and np.isfinite(self.threshold):
             histogram.axvline(self.threshold, color="black", linestyle=":", label="threshold")
         histogram.set(xlabel="threat score", ylabel="density")
-        histogram.legend()
+        # Above the axes: inside it would hide bars.
+        histogram.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
         curves.legend()
         curves.set(
             xlabel="share of clean samples flagged", ylabel="share of attacked samples flagged"
         )
         self.axes_, self.figure_ = pair, histogram.figure
         return self
+
+    def __repr__(self) -> str:
+        sizes = [f"{len(np.asarray(self.threat))} clean"]
+        for name, scores in self.attacked.items():
+            auc_text = f" (AUC {self.roc_auc_[name]:.3f})" if hasattr(self, "roc_auc_") else ""
+            sizes.append(f"{len(np.asarray(scores))} {name}{auc_text}")
+        return f"{type(self).__name__}({', '.join(sizes)})"
 
 
 def _check_scores(name: str, scores: ArrayLike) -> NDArray[Any]:

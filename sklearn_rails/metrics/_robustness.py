@@ -138,8 +138,8 @@ def make_robust_scorer(
     >>> import torch
     >>> from sklearn.model_selection import GridSearchCV
     >>> from sklearn_rails import DkNNClassifier
+    >>> from sklearn_rails.attacks import pgd
     >>> from sklearn_rails.datasets import load_digit_images
-    >>> from sklearn_rails.demo import pgd
     >>> from sklearn_rails.metrics import make_robust_scorer
     >>> digits = load_digit_images()
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -148,7 +148,7 @@ def make_robust_scorer(
     ...     {"n_neighbors": [5, 20]},
     ...     scoring={
     ...         "clean": "accuracy",
-    ...         "robust": make_robust_scorer(partial(pgd, max_iter=5)),
+    ...         "robust": make_robust_scorer(partial(pgd, eps=0.2)),
     ...     },
     ...     refit="robust",
     ...     cv=2,

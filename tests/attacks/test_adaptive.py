@@ -10,10 +10,10 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KNeighborsClassifier
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
-from sklearn_rails.attacks import AdaptiveKNNAttack
+from sklearn_rails.attacks import AdaptiveKNNAttack, pgd
 from sklearn_rails.attacks._surrogates import ThreatSurrogate, soft_class_scores
 from sklearn_rails.datasets import load_digit_images
-from sklearn_rails.demo import pgd, train_network
+from sklearn_rails.demo import train_network
 from sklearn_rails.immune import Arbitration, Triage
 from sklearn_rails.metrics import robust_accuracy_score
 from sklearn_rails.neighbors import resolve_affinity
