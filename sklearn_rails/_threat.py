@@ -28,6 +28,8 @@ from ._conformal import (
 )
 from ._documentation import document
 from ._validation import find_user_level
+from .features.layer_choice import LayerScores
+from .features.mapping import FeatureMap
 from .features.outputs import LayerError
 from .sensing import (
     CleanSamples,
@@ -35,6 +37,7 @@ from .sensing import (
     any_needs_outputs,
     make_detectors,
     score_clean,
+    score_detection,
     score_new,
 )
 
@@ -69,9 +72,10 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     Parameters
     ----------
     %(feature_extractor)s
-    layers : str or sequence of str, default=None
-        Layers that are looked at, as in ``module.named_modules()``. None takes the extractor's own
-        layers, else the network's output.
+    layers : "auto", str, sequence of str or None, default="auto"
+        Layers in which samples are compared, as in ``module.named_modules()``. Within a
+        :class:`RAILSClassifier`, the classifier's layers are taken.
+        %(layers_auto)s
     method : str, outlier detector, or list of these, default="auto"
         What is scored, in each layer unless noted otherwise; the evidence of several methods is
         summed. ``"auto"`` takes ``["disagreement", "mahalanobis", "feature_squeezing"]`` with a
@@ -128,6 +132,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     detectors_ : dict of str to Detector
         The fitted detector of each method.
     %(fitted)s
+    layer_scores_ : LayerScores or None
+        With ``layers="auto"`` and a network, how well the methods in each layer tell training
+        samples attacked at growing radii from clean ones: the area under the ROC curve.
     n_neighbors_ : int
         Neighbours in each layer.
     n_calibration_ : int
@@ -205,7 +212,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         self,
         feature_extractor: Any = None,
         *,
-        layers: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = "auto",
         method: Any = "auto",
         alpha: float = 0.05,
         output: str = "scores",
@@ -386,7 +393,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
 
     def _prepare(self, X: Any, y: Any, rng: np.random.RandomState) -> tuple[Any, Any]:
         """Check the data and the network, and create the detectors."""
-        prepare = functools.partial(prepare_fit, self, X, y, network=self.feature_extractor)
+        prepare = functools.partial(
+            prepare_fit, self, X, y, network=self.feature_extractor, score=self._score_layers
+        )
         if not isinstance(self.method, str) or self.method != "auto":
             self.detectors_ = make_detectors(self.method, rng)
             return prepare(with_output=y is None or any_needs_outputs(self.detectors_))
@@ -419,6 +428,16 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             methods = FOR_TOKENS if self.feature_map_.integer_input else WITH_NETWORK
         self.detectors_ = make_detectors(methods, rng)
         return samples, targets
+
+    def _score_layers(self, features: FeatureMap, X: Any, y: NDArray[Any] | None) -> LayerScores:
+        """Score layers by the methods that are used in each of them."""
+        method = self.method
+        if isinstance(method, str) and method == "auto":
+            method = ["mahalanobis"]
+            n_outputs = features.outputs(X[:1]).shape[1]
+            if y is None or len(np.unique(y)) in (n_outputs, n_outputs + (n_outputs == 1)):
+                method.append("disagreement")
+        return score_detection(features, X, y, method=method, n_neighbors=self.n_neighbors)
 
     def _find_classes(
         self, X: NDArray[Any] | torch.Tensor, y: NDArray[Any] | None

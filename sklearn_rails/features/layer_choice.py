@@ -60,7 +60,7 @@ class LayerScores(Mapping[str, NDArray[np.float64]]):
     scores : dict of str to ndarray of shape (n_radii,)
         For each layer, in the order of the network, its score at each radius.
     radii : ndarray of shape (n_radii,)
-        L-infinity radii of the attacks; the first is 0. In the units of the input if all training
+        L-infinity radii of the attacks. In the units of the input if all training
         values lie in [0, 1] or a radius was given, else shares of the range of each feature, or for
         images of each channel.
     standard_error : float
@@ -300,6 +300,7 @@ def score_layers(
     NotDifferentiableError
         If the network's output has no gradient.
     """
+    y = np.unique(y, return_inverse=True)[1]
     rng = np.random.default_rng(seed)
     layers = features.find_layers(MAX_LAYERS)
     attack = HeldOutAttack(features, X, y, eps=eps, n_held_out=n_held_out, rng=rng)

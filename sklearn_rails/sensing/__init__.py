@@ -5,6 +5,7 @@ A detector is a subclass of :class:`~sklearn_rails.sensing.base.Detector` and a 
 """
 
 from .base import Detector, NeighborDetector
+from .layer_choice import score_detection
 from .methods import DETECTORS, make_detectors
 from .samples import CleanSamples, Query, SoftQuery, soft_labels
 from .scoring import Evidence, any_needs_outputs, score_clean, score_new
@@ -20,6 +21,7 @@ __all__ = [
     "any_needs_outputs",
     "make_detectors",
     "score_clean",
+    "score_detection",
     "score_new",
     "soft_labels",
 ]
