@@ -14,10 +14,18 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ._compat import HasMethods, Interval, StrOptions
-from ._validation import flatten, plain_scalar, shape_hint, validate_fit_rows, validate_flat
+from ._validation import (
+    find_user_level,
+    flatten,
+    plain_scalar,
+    shape_hint,
+    validate_fit_rows,
+    validate_flat,
+)
 from ._version import __version__
 from .features.device import DTYPES
 from .features.frozen import as_module, freeze, is_network
+from .features.layer_choice import ScoreLayers, choose_layer
 from .features.mapping import FeatureMap
 from .neighbors import ExactNeighbors
 
@@ -263,16 +271,20 @@ def validate_rows(estimator: Any, X: Any) -> Any:
     return rows
 
 
-def feature_map(estimator: Any, network: Any, start_layer: str | None = None) -> FeatureMap:
+def feature_map(
+    estimator: Any, network: Any, layers: Any, start_layer: str | None = None
+) -> FeatureMap:
     """Build the map that an estimator's parameters describe.
 
     Parameters
     ----------
     estimator : estimator
-        With ``layers``, ``device``, ``dtype``, ``batch_size`` and ``input_shape_``.
+        With ``device``, ``dtype``, ``batch_size`` and ``input_shape_``.
     network : None, torch.nn.Module, fitted skorch net, FrozenModule or TorchFeatureExtractor
-        What it was given. An extractor's own layers, device and batch size stand in where the
-        estimator leaves its own open.
+        What it was given. An extractor's own device and batch size stand in where the estimator
+        leaves its own open.
+    layers : None, str or sequence of str
+        As :class:`~.features.mapping.FeatureMap` takes them.
     start_layer : str, default=None
         The layer that populations live in; None for the input.
 
@@ -290,7 +302,7 @@ def feature_map(estimator: Any, network: Any, start_layer: str | None = None) ->
         network = network.module
     return FeatureMap(
         None if network is None else as_module(network, parameter),
-        resolve_from_extractor(estimator, "layers"),
+        layers,
         input_shape=estimator.input_shape_,
         device=resolve_from_extractor(estimator, "device"),
         dtype=estimator.dtype,
@@ -308,10 +320,12 @@ def prepare_fit(
     network: Any,
     start_layer: str | None = None,
     with_output: bool = False,
+    score: ScoreLayers | None = None,
 ) -> tuple[Any, Any]:
     """Check the data and the network of a fit, and make the map from one to the other.
 
-    Sets ``_features``, ``layers_`` and what :func:`validate_fit_rows` sets.
+    Sets ``_features``, ``layers_`` and what :func:`validate_fit_rows` sets, and with ``score`` also
+    ``layer_scores_``.
 
     Parameters
     ----------
@@ -322,6 +336,9 @@ def prepare_fit(
         As :func:`feature_map` takes them.
     with_output : bool, default=False
         Whether the network's output will be needed as well as the layers.
+    score : callable, default=None
+        Scores layers where ``layers`` is ``"auto"``, as :func:`~.layer_choice.score_layers` does.
+        None for an estimator that has no such choice.
 
     Returns
     -------
@@ -340,11 +357,25 @@ def prepare_fit(
         input_shape=resolve_from_extractor(estimator, "input_shape"),
         keep_integers=network is not None,
     )
-    features = feature_map(estimator, network, start_layer)
-    features.probe(X, with_output=with_output)
+    layers = resolve_from_extractor(estimator, "layers")
+    is_auto = score is not None and isinstance(layers, str) and layers == "auto"
+    features = feature_map(estimator, network, None if is_auto else layers, start_layer)
+    features.probe(X, with_output=with_output or is_auto)
+    X = features.cast(X)
+    if score is not None:
+        estimator.layer_scores_ = None
+        if features.has_network and is_auto:
+            chosen, estimator.layer_scores_ = choose_layer(features, X, y, score)
+            features.use_layers([chosen], X, with_output=with_output)
+        elif features.has_network and layers is None:
+            warnings.warn(
+                "layers=None compares inputs by the network's output, which an attack on the "
+                "network changes most. Name hidden layers, or use layers='auto'.",
+                stacklevel=find_user_level(),
+            )
     estimator._features = features
     estimator.layers_ = features.layers
-    return features.cast(X), y
+    return X, y
 
 
 def resolve_from_extractor(estimator: Any, name: str) -> Any:
@@ -361,7 +392,9 @@ def resolve_from_extractor(estimator: Any, name: str) -> Any:
     """
     value = getattr(estimator, name)
     extractor = getattr(estimator, "feature_extractor", None)
-    return getattr(extractor, name) if _is_open(value) and _is_extractor(extractor) else value
+    is_open = _is_open(value) and _is_extractor(extractor)
+    own = getattr(extractor, name) if is_open else None
+    return value if own is None else own
 
 
 def fill_open_parameters(nested: Any, outer: Any) -> None:
@@ -374,11 +407,13 @@ def fill_open_parameters(nested: Any, outer: Any) -> None:
     nested : estimator
         With ``feature_extractor``, ``layers``, ``input_shape``, ``device`` and ``batch_size``.
     outer : estimator
-        With the same parameters.
+        With the same parameters, and ``layers_``, which may be chosen in its ``fit``.
     """
     if nested.feature_extractor is not None and _module_of(nested) is not _module_of(outer):
         return
-    for name in ("layers", "input_shape", "device", "batch_size"):
+    if _is_open(resolve_from_extractor(nested, "layers")):
+        nested.layers = list(outer.layers_)
+    for name in ("input_shape", "device", "batch_size"):
         if _is_open(resolve_from_extractor(nested, name)):
             setattr(nested, name, resolve_from_extractor(outer, name))
     if nested.feature_extractor is None:

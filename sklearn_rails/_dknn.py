@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 
 from ._base import (
     ALGORITHM_CONSTRAINT,
@@ -24,6 +25,7 @@ from ._compat import Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
 from ._documentation import document
 from ._validation import plain_labels
+from .features.layer_choice import LayerScores, score_layers
 from .neighbors import ClassNeighbors
 from .neighbors.votes import neighbor_votes
 
@@ -39,9 +41,9 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     Parameters
     ----------
     %(feature_extractor)s
-    layers : str or sequence of str, default=None
-        Layers that vote, as in ``module.named_modules()``. None takes the extractor's own layers,
-        else the network's output.
+    layers : "auto", str, sequence of str or None, default="auto"
+        Layers that vote, as in ``module.named_modules()``.
+        %(layers_auto)s
     n_neighbors : int, default=75
         Neighbours in each layer (k). Clipped where there are fewer training examples.
     calibration : float, "leave-one-out" or tuple (X_cal, y_cal), default=0.1
@@ -77,13 +79,11 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
     classes_ : ndarray of shape (n_classes,)
         The class labels.
     %(fitted)s
+    %(layer_scores)s
     n_neighbors_ : int
         Neighbours in each layer.
     n_calibration_ : int
         Number of calibration samples.
-    training_data_ : tuple of ndarray
-        The training samples, of shape (n, *input_shape), and their classes; not in a pickled
-        estimator.
 
     See Also
     --------
@@ -145,13 +145,14 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         "random_state": ["random_state"],
     }
 
+    layer_scores_: LayerScores | None
     _training_data: tuple[Any, NDArray[np.intp]] | None
 
     def __init__(
         self,
         feature_extractor: object = None,
         *,
-        layers: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = "auto",
         n_neighbors: int = 75,
         calibration: float | str | tuple[Any, Any] = 0.1,
         p_value: str = "conformal",
@@ -199,7 +200,9 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             the device does not exist, or no sample is left to calibrate with. The estimator is then
             as it was before.
         """
-        samples, labels = prepare_fit(self, X, y, network=self.feature_extractor)
+        samples, labels = prepare_fit(
+            self, X, y, network=self.feature_extractor, score=score_layers
+        )
         self.classes_, labels = np.unique(labels, return_inverse=True)
         train, self_index = np.arange(len(labels)), None
         if isinstance(self.calibration, tuple | list):
@@ -316,11 +319,24 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
 
-    @property
-    def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The samples that ``fit`` got, of shape (n, *input_shape), and their classes."""
+    def training_data(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the samples that the classifier was fitted on, and their classes.
+
+        Returns
+        -------
+        X : ndarray of shape (n, *input_shape)
+            The samples, those for the calibration included. Not a copy: do not change them.
+        y : ndarray of shape (n,)
+            Their classes.
+
+        Raises
+        ------
+        ValueError
+            If the classifier was loaded: a pickle holds the features, but not the samples.
+        """
+        check_is_fitted(self)
         if self._training_data is None:
-            raise AttributeError(
+            raise ValueError(
                 "A loaded DkNNClassifier has the features of its training samples, but not the "
                 "samples themselves: fit it again."
             )

@@ -13,6 +13,15 @@ SHARED_DOCUMENTATION = {
         input_shape : tuple of int, default=None
             Shape of one input, such as ``(1, 28, 28)``, where X has two dimensions. None takes the
             shape of X.""",
+    "layers_auto": """
+            ``"auto"`` chooses one layer in ``fit``, by attacking training samples (see
+            :doc:`/user_guide/layers`); it costs about 30,000 forward passes, whatever the size of
+            the data. None takes the extractor's own layers, else the network's output, which no
+            defence should use.""",
+    "layer_scores": """
+        layer_scores_ : LayerScores or None
+            With ``layers="auto"`` and a network, the accuracy of each layer's nearest neighbours
+            under attacks of growing radius.""",
     "device": """
         device : str, default="auto"
             ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_consistent_length
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from ._base import (
     ALGORITHM_CONSTRAINT,
@@ -26,6 +26,7 @@ from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._documentation import document
 from ._threat import ThreatScorer
 from ._validation import check_known_labels, validate_labels
+from .features.layer_choice import LayerScores, score_layers
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
 from .immune.alarms import check_alarms, check_threat_scores
 from .immune.build import build_engine
@@ -63,9 +64,10 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     Parameters
     ----------
     %(feature_extractor)s
-    layers : str or sequence of str, default=None
+    layers : "auto", str, sequence of str or None, default="auto"
         Hidden layers, as in ``module.named_modules()``; each has a population of its own, and all
-        of them vote. None takes the extractor's own layers, else the network's output.
+        of them vote.
+        %(layers_auto)s
     n_neighbors : int, default=10
         Number of neighbours of each class in a layer (k). Clipped where a class has fewer training
         examples.
@@ -145,6 +147,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     classes_ : ndarray of shape (n_classes,)
         The class labels.
     %(fitted)s
+    %(layer_scores)s
     tau_ : dict of str to float
         The temperature in each layer.
     n_neighbors_ : ndarray of shape (n_classes,)
@@ -156,8 +159,6 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ``classes_``.
     engine_ : ImmuneEngine
         What ``fit`` builds and ``predict`` runs, immutable.
-    training_data_ : tuple of ndarray
-        The training samples, of shape (n, n_features) or (n, *input_shape), and their classes.
     seed_ : int
         The random numbers are a function of it, the layer and the generation.
     threat_scorer_ : estimator
@@ -221,6 +222,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         "verbose": ["verbose"],
     }
 
+    layer_scores_: LayerScores | None
     engine_: ImmuneEngine
     _labels: NDArray[np.int64]
     _rows: Any
@@ -229,7 +231,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         self,
         feature_extractor: object = None,
         *,
-        layers: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = "auto",
         n_neighbors: int = 10,
         population_size: int | str = "auto",
         generations: int = 3,
@@ -316,6 +318,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             network=self.feature_extractor,
             start_layer=self.start_layer,
             with_output=getattr(self.gate, "needs_network", False),
+            score=score_layers,
         )
         named = self.__dict__.pop("_named_classes", None)  # by partial_fit
         self._classes_are_named = named is not None
@@ -576,9 +579,17 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         )
         return self.classes_[scores.argmax(axis=1)], alarms
 
-    @property
-    def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The samples that the classifier was fitted on, as ``fit`` got them, and their classes."""
+    def training_data(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the samples that the classifier was fitted on, and their classes.
+
+        Returns
+        -------
+        X : ndarray of shape (n, n_features) or (n, *input_shape)
+            The samples, in the shape in which ``fit`` got them. Not a copy: do not change them.
+        y : ndarray of shape (n,)
+            Their classes.
+        """
+        check_is_fitted(self)
         rows = self.engine_.layers[0].bank.cells if self._rows is None else self._rows
         rows = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
         return rows.reshape(len(rows), *self._given_shape), self.classes_[self._labels]

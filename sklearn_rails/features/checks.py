@@ -1,5 +1,6 @@
 """Whether the layers of a network can be used, and what a pass changes in it."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,12 +9,15 @@ import torch
 
 from .hooks import remove_watchers
 from .outputs import LayerError
-from .truncation import NetworkTraits, TruncatedNetwork
+from .truncation import INPUT, NetworkTraits, TruncatedNetwork
 from .volatile import changed_keys, state_of
 
 # Features of one sample in two batches may differ by this share of the largest feature before they
 # count as different: rounding, also of networks that compute in half precision inside.
 BATCH_TOLERANCE = 1e-4
+
+# Number of features by which outputs of two layers are found to be the same.
+COMPARED_FEATURES = 4096
 
 
 def check_layers(
@@ -61,6 +65,82 @@ def check_layers(
     if start is not None and start in network.layers:
         _check_start(network, layers, start, outputs)
     return outputs
+
+
+def find_layers(
+    network: TruncatedNetwork, x: torch.Tensor, start: str | None = None
+) -> tuple[str, ...]:
+    """Return the layers that run once and return one float tensor, in the order in which they run.
+
+    The network's input comes first, if ``start`` is None, and its output last. Of layers with the
+    same output, such as a block and its last layer, only the outermost is returned.
+
+    Parameters
+    ----------
+    network : TruncatedNetwork
+        After :func:`check_layers`.
+    x : torch.Tensor of shape (n, ...)
+        A few inputs that differ.
+    start : str, default=None
+        The layer after which the others must run.
+
+    Returns
+    -------
+    tuple of str
+    """
+    counts: dict[str, int] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def record(name: str, output: Any) -> None:
+        counts[name] = counts.get(name, 0) + 1
+        with contextlib.suppress(LayerError):
+            outputs[name] = _abridge(network.tensor_of(name, output, len(x)))
+
+    output = network.forward(x.clone(), record)
+    names = [name for name in outputs if counts[name] == 1]
+    if start is not None:
+        names = names[names.index(start) + 1 :] if start in names else []
+    elif INPUT not in network.layers:
+        names.insert(0, INPUT)
+        outputs[INPUT] = _abridge(x.to(network.dtype))
+    with contextlib.suppress(LayerError):
+        outputs[network.output] = _abridge(network.tensor_of(network.output, output, len(x)))
+        names.append(network.output)
+    kept: list[str] = []
+    for name in sorted(names, key=lambda n: (n not in (INPUT, network.output), n.count("."))):
+        same = (k for k in kept if outputs[k].shape == outputs[name].shape)
+        if not any(torch.equal(outputs[k], outputs[name]) for k in same):
+            kept.append(name)
+    return tuple(name for name in names if name in kept)
+
+
+def is_usable(
+    network: TruncatedNetwork, x: torch.Tensor, layer: str, start: str | None = None
+) -> bool:
+    """Check whether :func:`check_layers` raises no error for a layer.
+
+    Parameters
+    ----------
+    network, x, start
+        As :func:`check_layers` takes them.
+    layer : str
+
+    Returns
+    -------
+    bool
+    """
+    try:
+        outputs = check_layers(network, x, (layer,), start)
+    except LayerError:
+        return False
+    return bool(torch.isfinite(outputs[layer]).all())
+
+
+def _abridge(output: torch.Tensor) -> torch.Tensor:
+    """Return some of a layer's features and their number, to compare layers by."""
+    flat = output.detach().flatten(1)
+    step = max(1, flat.shape[1] // COMPARED_FEATURES)
+    return torch.cat([flat[:, ::step], flat.new_full((len(flat), 1), flat.shape[1])], dim=1).clone()
 
 
 def _check_counts(network: TruncatedNetwork, x: torch.Tensor, layers: Sequence[str]) -> None:

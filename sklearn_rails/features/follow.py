@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from .checks import check_layers
@@ -40,6 +41,8 @@ class FollowedNetwork:
         The user's network.
     network : TruncatedNetwork
         The copy that runs.
+    samples : ndarray of shape (n, *input_shape)
+        The samples that were probed; known after :meth:`start`.
 
     Raises
     ------
@@ -48,6 +51,7 @@ class FollowedNetwork:
     """
 
     network: TruncatedNetwork
+    samples: NDArray[Any]
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class FollowedNetwork:
         start_layer : str or None
         """
         self._layers, self._start_layer = tuple(layers), start_layer
-        self._samples, self._draws_random = probed.samples, probed.draws_random
+        self.samples, self._draws_random = probed.samples, probed.draws_random
         self._features = {name: probed.features[name] for name in layers}
         self._traits = self.network.traits
         self._current = self._fitted = self._find_checksum()
@@ -173,7 +177,7 @@ class FollowedNetwork:
 
     def _probe_again(self) -> dict[str, Any]:
         device = self.network.device
-        x = torch.from_numpy(self._samples).to(device)
+        x = torch.from_numpy(self.samples).to(device)
         with torch.no_grad(), isolated_pass(device, draws_random=self._draws_random):
             outputs = check_layers(self.network, x, self._layers, self._start_layer)
         return flat_features(outputs, self._layers)

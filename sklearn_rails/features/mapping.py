@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from .._validation import find_user_level
 from .batching import BatchLayout, PopulationAffinity, run_populations, run_samples
+from .checks import find_layers, is_usable
 from .device import (
     AUTOCAST_DEVICES,
     DTYPES,
@@ -23,6 +25,7 @@ from .follow import FollowedNetwork
 from .layouts import Layouts
 from .outputs import LayerError
 from .probe import Probe
+from .truncation import INPUT
 
 Array = NDArray[Any] | torch.Tensor
 Samples = TypeVar("Samples", NDArray[Any], torch.Tensor)
@@ -200,6 +203,34 @@ class FeatureMap:
         if self.start_layer is not None:
             self.cell_shape = found.shapes[self.start_layer]
         self.n_features_out = sum(found.features[name].shape[1] for name in self.layers)
+
+    def find_layers(self, max_layers: int | None = None) -> tuple[str, ...]:
+        """Return the layers that can be used, in the order in which they run; after :meth:`probe`.
+
+        Parameters
+        ----------
+        max_layers : int, default=None
+            If there are more, inner layers are left out: modules within modules first, and those of
+            one depth at equal distances. None returns all.
+
+        Returns
+        -------
+        tuple of str
+            With the network's input first, unless there is a start layer, and its output last.
+        """
+        network, start = self._followed.network, self.start_layer
+        x = torch.from_numpy(self._followed.samples).to(self.device)
+        with torch.no_grad(), self._isolated_pass():
+            names = find_layers(network, x, start)
+            if max_layers is not None:
+                names = _thin(names, max_layers, always=(INPUT, self.output))
+            return tuple(name for name in names if is_usable(network, x, name, start))
+
+    def use_layers(self, layers: Sequence[str], X: Array, *, with_output: bool = False) -> None:
+        """Use other layers from now on; the arguments are those of the class and :meth:`probe`."""
+        self.layers = self._followed.network.resolve_layers(layers, "layers")
+        self.__dict__.pop("row_bytes", None)
+        self.probe(X, with_output=with_output)
 
     def to_device(self, X: Array) -> torch.Tensor:
         """Convert samples or cells to the map's device and dtype.
@@ -399,3 +430,15 @@ class FeatureMap:
             warnings.warn(f"{error} The loaded estimator runs on the CPU.", stacklevel=2)
             device = torch.device("cpu")
         self._run_on(device)
+
+
+def _thin(names: Sequence[str], size: int, *, always: Sequence[str]) -> tuple[str, ...]:
+    """Return at most ``size`` names: outer modules before inner ones, evenly spread."""
+    kept = [name for name in names if name in always]
+    for depth in range(1 + max((name.count(".") for name in names), default=0)):
+        level = [name for name in names if name.count(".") == depth and name not in kept]
+        if len(level) > size - len(kept):
+            places = np.linspace(0, len(level) - 1, size - len(kept)).round().astype(int)
+            level = [level[i] for i in places]
+        kept += level
+    return tuple(name for name in names if name in kept)
