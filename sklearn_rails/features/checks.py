@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from .hooks import remove_watchers
@@ -68,7 +69,10 @@ def check_layers(
 
 
 def find_layers(
-    network: TruncatedNetwork, x: torch.Tensor, start: str | None = None
+    network: TruncatedNetwork,
+    x: torch.Tensor,
+    start: str | None = None,
+    max_layers: int | None = None,
 ) -> tuple[str, ...]:
     """Return the layers that run once and return one float tensor, in the order in which they run.
 
@@ -83,6 +87,9 @@ def find_layers(
         A few inputs that differ.
     start : str, default=None
         The layer after which the others must run.
+    max_layers : int, default=None
+        If there are more, modules within modules are left out first, and of those at one depth
+        some at equal distances. None returns all.
 
     Returns
     -------
@@ -111,7 +118,8 @@ def find_layers(
         same = (k for k in kept if outputs[k].shape == outputs[name].shape)
         if not any(torch.equal(outputs[k], outputs[name]) for k in same):
             kept.append(name)
-    return tuple(name for name in names if name in kept)
+    names = [name for name in names if name in kept]
+    return tuple(names) if max_layers is None else _thin(names, max_layers, network.output)
 
 
 def is_usable(
@@ -134,6 +142,18 @@ def is_usable(
     except LayerError:
         return False
     return bool(torch.isfinite(outputs[layer]).all())
+
+
+def _thin(names: Sequence[str], size: int, output: str) -> tuple[str, ...]:
+    """Return at most ``size`` names: outer modules before inner ones, evenly spread."""
+    kept = [name for name in names if name in (INPUT, output)]
+    for depth in range(1 + max((name.count(".") for name in names), default=0)):
+        level = [name for name in names if name.count(".") == depth and name not in kept]
+        if len(level) > size - len(kept):
+            places = np.linspace(0, len(level) - 1, size - len(kept)).round().astype(int)
+            level = [level[i] for i in places]
+        kept += level
+    return tuple(name for name in names if name in kept)
 
 
 def _abridge(output: torch.Tensor) -> torch.Tensor:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn import get_config
+from sklearn.utils import check_consistent_length, check_random_state
 
-from .._validation import find_user_level
+from .._validation import find_user_level, flatten, validate_labels
+from .frozen import as_module
 from .mapping import Array, FeatureMap
 from .truncation import INPUT
 
@@ -119,8 +122,8 @@ class HeldOutAttack:
         Their positions in X.
     radii : ndarray of shape (5,)
         The radii of the attacks, from 0.
-    kept : float
-        Share of the network's predictions that the strongest attack does not change.
+    changed : ndarray of shape (n_attacked,), bool
+        Whose prediction the last attack that was yielded has changed.
 
     Raises
     ------
@@ -150,14 +153,24 @@ class HeldOutAttack:
             self._unit = torch.ones_like(self._unit)
             radius = eps
         self.radii = radius * RADIUS_SHARES
-        self.kept = 1.0
+        self.changed = np.zeros(len(self.index), dtype=bool)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yield the samples attacked at each radius, (n_attacked, n_features)."""
         for radius in self.radii:
             attacked = self._attack(slice(None), radius) if radius else self._clean
-            self.kept = self._share_kept(slice(None), attacked)
+            self.changed = self._is_changed(slice(None), attacked).cpu().numpy()
             yield attacked
+
+    def warn_if_weak(self) -> None:
+        """Warn if the last attack has left most predictions of the network as they were."""
+        if self.changed.mean() < 1 - MAX_KEPT:
+            warnings.warn(
+                f"No attack of layers='auto' changes more than {self.changed.mean():.0%} of the "
+                "network's predictions, so layers are compared on samples that are hardly "
+                "attacked.",
+                stacklevel=find_user_level(),
+            )
 
     def _find_radius(self) -> float:
         """Return the smallest radius of the grid that is large enough, or the largest."""
@@ -165,15 +178,15 @@ class HeldOutAttack:
         low, high = 0, len(RADII) - 1
         while low < high:
             middle = (low + high) // 2
-            if self._share_kept(some, self._attack(some, RADII[middle])) <= MAX_KEPT:
+            changed = self._is_changed(some, self._attack(some, RADII[middle]))
+            if float(changed.double().mean()) >= 1 - MAX_KEPT:
                 high = middle
             else:
                 low = middle + 1
         return float(RADII[low])
 
-    def _share_kept(self, rows: slice, attacked: torch.Tensor) -> float:
-        same = self._features.predict(attacked) == self._labels[rows]
-        return float(same.double().mean())
+    def _is_changed(self, rows: slice, attacked: torch.Tensor) -> torch.Tensor:
+        return self._features.predict(attacked) != self._labels[rows]
 
     def _attack(self, rows: slice, radius: float) -> torch.Tensor:
         clean, labels = self._clean[rows], self._labels[rows]
@@ -290,20 +303,15 @@ def score_layers(
     rng = np.random.default_rng(seed)
     layers = features.find_layers(MAX_LAYERS)
     attack = HeldOutAttack(features, X, y, eps=eps, n_held_out=n_held_out, rng=rng)
-    sampled = SampledFeatures(features, layers, X[:1], rng)
-    queries = [sampled(attacked) for attacked in attack]
+    sampled = features.sample_features(layers, MAX_FEATURES, X[:1], rng)
+    queries = [_in_blocks(sampled, attacked) for attacked in attack]
     joined = {layer: torch.cat([q[layer] for q in queries]) for layer in layers}
     own = torch.from_numpy(np.tile(attack.index, len(queries))).to(features.device)
     references = rng.permutation(len(X))[:MAX_REFERENCES]
     found = _classify(sampled, joined, own, X, y, references)
     classes = np.tile(y[attack.index], len(queries))
     correct = {name: (c == classes).reshape(len(queries), -1) for name, c in found.items()}
-    if attack.kept > MAX_KEPT:
-        warnings.warn(
-            f"layers='auto': no attack changes more than {1 - attack.kept:.0%} of the network's "
-            "predictions, so layers are compared on samples that are hardly attacked.",
-            stacklevel=find_user_level(),
-        )
+    attack.warn_if_weak()
     per_sample = {layer: values.mean(axis=0) for layer, values in correct.items()}
     best = max(per_sample.values(), key=lambda values: values.mean())
     error = best.std(ddof=1) / np.sqrt(len(best))
@@ -311,44 +319,117 @@ def score_layers(
     return LayerScores(scores, attack.radii, float(error))
 
 
-class SampledFeatures:
-    """Features of several layers, at most MAX_FEATURES of each, drawn at random.
+def choose_layers(
+    network: Any,
+    X: ArrayLike | torch.Tensor,
+    y: ArrayLike | torch.Tensor,
+    *,
+    eps: float | None = None,
+    n_held_out: int = N_HELD_OUT,
+    input_shape: tuple[int, ...] | None = None,
+    device: str | torch.device = "auto",
+    random_state: int | np.random.RandomState | None = None,
+) -> LayerScores:
+    """Compare the layers of a network under attack, as ``layers="auto"`` does in ``fit``.
+
+    Some training samples are attacked by a few signed gradient steps away from the network's own
+    prediction, at radii around the smallest that takes the network below a fifth of its
+    predictions. A layer's score is the share of them that their neighbours in this layer classify
+    correctly: of each class the five nearest other training samples, by cosine.
 
     Parameters
     ----------
-    features : FeatureMap
-    layers : tuple of str
-    X : array of shape (1, n_features)
-        Any sample.
-    rng : numpy.random.Generator
+    network : torch.nn.Module, fitted skorch net or FrozenModule
+        The fitted network; its output is used as logits.
+    X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+        Training samples, 50 or more. At most 5,000 of them serve as neighbours.
+    y : array-like of shape (n,)
+        Their classes.
+    eps : float, default=None
+        The radius that matters to you, in the units of X. Layers are then compared at 0, a half,
+        once, twice and three times this radius. None finds a radius as described above.
+    n_held_out : int, default=400
+        Maximum number of samples that are attacked. The standard error of a score is at most
+        ``0.5 / sqrt(n_held_out)``.
+    input_shape : tuple of int, default=None
+        Shape of one input, where X has two dimensions. None takes the shape of X.
+    device : str, default="auto"
+        As the estimators take it.
+    random_state : int, RandomState or None, default=None
+        Sets which samples are attacked, which are neighbours, and which features are compared.
+
+    Returns
+    -------
+    LayerScores
+        A mapping from layer to its accuracy at each radius. ``best`` names the layer that
+        ``"auto"`` would choose.
+
+    Raises
+    ------
+    TypeError
+        If ``network`` is not a network, or takes integers.
+    ValueError
+        If there are fewer than 50 samples, a parameter is invalid, or the network does not fit the
+        samples or has no gradient.
+
+    See Also
+    --------
+    sklearn_rails.inspection.LayerDisplay : Draw the accuracy of RAILS or DkNN in every layer.
+
+    Examples
+    --------
+    >>> from sklearn_rails.datasets import load_digit_images
+    >>> from sklearn_rails.demo import train_network
+    >>> from sklearn_rails.features import choose_layers
+    >>> digits = load_digit_images()
+    >>> X, y = digits.X_train, digits.y_train
+    >>> net = train_network(X, y, max_epochs=10, verbose=0)
+    >>> scores = choose_layers(net, X, y, random_state=0)
+    >>> list(scores)
+    ['input', 'conv1', 'conv2', 'conv3', 'conv4', 'output']
+    >>> scores.best in ("conv1", "conv2", "conv3")
+    True
     """
-
-    def __init__(
-        self, features: FeatureMap, layers: tuple[str, ...], X: Array, rng: np.random.Generator
-    ) -> None:
-        self._features, self._layers = features, layers
-        sizes = {name: f.shape[1] for name, f in features(X, layers, check_finite=False).items()}
-        self._columns = {
-            name: torch.from_numpy(np.sort(rng.permutation(size)[:MAX_FEATURES]))
-            for name, size in sizes.items()
-        }
-        row_bytes = sum(sizes.values()) * features.dtype.itemsize
-        # The outputs of all layers, and the copies that batches are put together from.
-        budget = int(get_config()["working_memory"] * 2**20) // 4
-        self.block_size = max(1, min(1024, budget // row_bytes))
-
-    def __call__(self, X: Array) -> dict[str, torch.Tensor]:
-        """Return the features by layer, (n, n_sampled)."""
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self._layers}
-        for start in range(0, len(X), self.block_size):
-            block = X[start : start + self.block_size]
-            for name, found in self._features(block, self._layers, check_finite=False).items():
-                parts[name].append(found[:, self._columns[name].to(found.device)])
-        return {name: torch.cat(blocks) for name, blocks in parts.items()}
+    if eps is not None and not (isinstance(eps, Real) and 0 < eps < np.inf):
+        raise ValueError(f"eps={eps!r} must be a positive number, or None.")
+    if not isinstance(n_held_out, Integral) or n_held_out < 2:
+        raise ValueError(f"n_held_out={n_held_out!r} must be an integer, 2 or more.")
+    rows, shape = flatten(X)
+    features = FeatureMap(
+        as_module(network, "network"),
+        None,
+        input_shape=input_shape or shape,
+        device=device,
+        dtype="float32",
+        batch_size="auto",
+        parameter="network",
+    )
+    labels = validate_labels(y)
+    check_consistent_length(rows, labels)
+    if len(rows) < MIN_SAMPLES:
+        raise ValueError(f"X must have {MIN_SAMPLES} samples or more, got {len(rows)}.")
+    features.probe(rows)
+    if features.integer_input:
+        raise TypeError("network takes integers, which cannot be attacked by small steps.")
+    seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)
+    try:
+        return score_layers(
+            features,
+            features.cast(rows),
+            np.unique(labels, return_inverse=True)[1],
+            eps=None if eps is None else float(eps),
+            n_held_out=int(n_held_out),
+            seed=seed,
+        )
+    except NotDifferentiableError:
+        raise ValueError(
+            "network has no gradient of its output with respect to its input, so it cannot be "
+            "attacked."
+        ) from None
 
 
 def _classify(
-    sampled: SampledFeatures,
+    sampled: FeatureMap,
     queries: dict[str, torch.Tensor],
     own: torch.Tensor,
     X: Array,
@@ -359,7 +440,7 @@ def _classify(
 
     Parameters
     ----------
-    sampled : SampledFeatures
+    sampled : FeatureMap
     queries : dict of str to torch.Tensor of shape (n, n_sampled)
         Features by layer.
     own : torch.Tensor of shape (n,), int64
@@ -379,9 +460,10 @@ def _classify(
     # One class after another, of which only the nearest are kept.
     references = references[np.argsort(y[references], kind="stable")]
     nearest = {name: values.new_empty((len(values), 0)) for name, values in queries.items()}
-    for start in range(0, len(references), sampled.block_size):
-        block = references[start : start + sampled.block_size]
-        found = sampled(X[block])
+    size = _block_size(sampled)
+    for start in range(0, len(references), size):
+        block = references[start : start + size]
+        found = sampled(X[block], check_finite=False)
         edges = np.flatnonzero(np.diff(y[block])) + 1
         for part in np.split(np.arange(len(block)), edges):
             places = torch.from_numpy(block[part]).to(own.device)
@@ -400,6 +482,19 @@ def _classify(
                     best[name] = torch.fmax(best[name], mean)
                     nearest[name] = nearest[name][:, :0]
     return labels
+
+
+def _in_blocks(sampled: FeatureMap, X: Array) -> dict[str, torch.Tensor]:
+    """Compute features in blocks that fit into memory."""
+    size = _block_size(sampled)
+    blocks = [sampled(X[i : i + size], check_finite=False) for i in range(0, len(X), size)]
+    return {name: torch.cat([block[name] for block in blocks]) for name in sampled.layers}
+
+
+def _block_size(sampled: FeatureMap) -> int:
+    # The outputs of all layers, and the copies that they are put together from.
+    budget = int(get_config()["working_memory"] * 2**20) // 4
+    return max(1, min(1024, budget // sampled.row_bytes))
 
 
 def _normalize(features: torch.Tensor) -> torch.Tensor:

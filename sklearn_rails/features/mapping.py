@@ -25,7 +25,6 @@ from .follow import FollowedNetwork
 from .layouts import Layouts
 from .outputs import LayerError
 from .probe import Probe
-from .truncation import INPUT
 
 Array = NDArray[Any] | torch.Tensor
 Samples = TypeVar("Samples", NDArray[Any], torch.Tensor)
@@ -97,6 +96,7 @@ class FeatureMap:
         self.integer_input = self._draws_random = False
         self._value_range: tuple[float, float] | None = None
         self._warned: set[str] = set()
+        self._columns: dict[str, torch.Tensor] = {}
         self.device = resolve_device(device)
         if self.device.type == "mps" and dtype == "float64":
             raise ValueError("dtype='float64' is not available on device='mps'; use 'float32'.")
@@ -221,9 +221,7 @@ class FeatureMap:
         network, start = self._followed.network, self.start_layer
         x = torch.from_numpy(self._followed.samples).to(self.device)
         with torch.no_grad(), self._isolated_pass():
-            names = find_layers(network, x, start)
-            if max_layers is not None:
-                names = _thin(names, max_layers, always=(INPUT, self.output))
+            names = find_layers(network, x, start, max_layers)
             return tuple(name for name in names if is_usable(network, x, name, start))
 
     def use_layers(self, layers: Sequence[str], X: Array, *, with_output: bool = False) -> None:
@@ -231,6 +229,36 @@ class FeatureMap:
         self.layers = self._followed.network.resolve_layers(layers, "layers")
         self.__dict__.pop("row_bytes", None)
         self.probe(X, with_output=with_output)
+
+    def sample_features(
+        self, layers: Sequence[str], max_features: int, X: Array, rng: np.random.Generator
+    ) -> "FeatureMap":
+        """Return a map to some features of each layer, drawn at random, to compare layers by.
+
+        Parameters
+        ----------
+        layers : sequence of str
+        max_features : int
+            Maximum number of features of a layer.
+        X : array of samples
+            The first is run to learn the layers' sizes.
+        rng : numpy.random.Generator
+
+        Returns
+        -------
+        FeatureMap
+        """
+        sizes = {name: f.shape[1] for name, f in self(X[:1], layers, check_finite=False).items()}
+        columns = {
+            name: torch.from_numpy(np.sort(rng.permutation(size)[:max_features]))
+            for name, size in sizes.items()
+        }
+        sampled = object.__new__(FeatureMap)
+        vars(sampled).update(
+            vars(self), layers=tuple(layers), n_features_out=sum(sizes.values()), _columns=columns
+        )
+        vars(sampled).pop("row_bytes", None)
+        return sampled
 
     def to_device(self, X: Array) -> torch.Tensor:
         """Convert samples or cells to the map's device and dtype.
@@ -283,7 +311,10 @@ class FeatureMap:
         -------
         dict of str to torch.Tensor of shape (n, n_layer_features)
         """
-        return self._run(X, layers or self.layers, check_finite=check_finite)
+        found = self._run(X, layers or self.layers, check_finite=check_finite)
+        for name in found.keys() & self._columns.keys():
+            found[name] = found[name][:, self._columns[name].to(self.device)]
+        return found
 
     def with_gradient(
         self, X: torch.Tensor, layers: Sequence[str] | None = None
@@ -430,15 +461,3 @@ class FeatureMap:
             warnings.warn(f"{error} The loaded estimator runs on the CPU.", stacklevel=2)
             device = torch.device("cpu")
         self._run_on(device)
-
-
-def _thin(names: Sequence[str], size: int, *, always: Sequence[str]) -> tuple[str, ...]:
-    """Return at most ``size`` names: outer modules before inner ones, evenly spread."""
-    kept = [name for name in names if name in always]
-    for depth in range(1 + max((name.count(".") for name in names), default=0)):
-        level = [name for name in names if name.count(".") == depth and name not in kept]
-        if len(level) > size - len(kept):
-            places = np.linspace(0, len(level) - 1, size - len(kept)).round().astype(int)
-            level = [level[i] for i in places]
-        kept += level
-    return tuple(name for name in names if name in kept)
