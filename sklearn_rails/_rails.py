@@ -139,8 +139,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         Seed of the random numbers. After fit, predictions are deterministic: they do not depend on
         batch composition, order or repetition.
     verbose : int, default=0
-        1 shows a progress bar over the samples, with the share of their populations that is
-        decided.
+        1 shows a progress bar over the samples: in ``fit`` those that are indexed, in ``predict``
+        with the share of their populations that is decided.
 
     Attributes
     ----------
@@ -670,6 +670,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             gate=self.gate,
             seed=self.seed_,
             n_jobs=self.n_jobs,
+            verbose=self.verbose,
         )
         self.tau_ = {layer.name: layer.tau for layer in self.engine_.layers}
         sizes = self.engine_.layers[0].neighbors.n_samples_
