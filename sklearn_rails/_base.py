@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._compat import HasMethods, Interval, StrOptions
+from ._compat import HasMethods, Interval, StrOptions, VisualBlock
 from ._validation import (
     find_user_level,
     flatten,
@@ -129,15 +129,73 @@ class NetworkEstimator(BaseEstimator):
         super().__setstate__({**state, **{k: state[k].module for k in bare}})
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
-        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
-        shown = self._with({k: _Shown(v) for k, v in networks.items()})
-        return super(NetworkEstimator, shown).__repr__(N_CHAR_MAX)
+        return super(NetworkEstimator, self._shown()).__repr__(N_CHAR_MAX)
+
+    def _get_params_html(self, *args: Any, **kwargs: Any) -> Any:
+        return super(NetworkEstimator, self._shown())._get_params_html(*args, **kwargs)
+
+    def _sk_visual_block_(self) -> VisualBlock:
+        """Show the network as one leaf, beside the estimators among the parameters."""
+        params = self.get_params(deep=False)
+        network = params.pop(self.network_parameter)
+        network = network.module if _is_extractor(network) else network
+        parts: dict[str, Any] = {}
+        if network is not None:
+            parts[self.network_parameter] = _Leaf(network, self._caption())
+        for name, value in params.items():
+            if isinstance(value, BaseEstimator):
+                parts[f"{name}: {type(value).__name__}"] = value
+        if not parts:
+            name = type(self).__name__
+            return VisualBlock("single", self, names=name, name_details=str(self))
+        return VisualBlock(
+            "parallel",
+            list(parts.values()),
+            names=list(parts),
+            name_details=[str(part) for part in parts.values()],
+        )
+
+    def _caption(self) -> str:
+        is_fitted = hasattr(self, "layers_")
+        layers = self.layers_ if is_fitted else resolve_from_extractor(self, "layers")
+        layers = "output" if layers is None else layers
+        names = layers if isinstance(layers, str) else ", ".join(map(str, layers))
+        is_chosen = is_fitted and getattr(self, "layer_scores_", None) is not None
+        return f"layers: {names}" + (" (chosen in fit)" if is_chosen else "")
+
+    def _shown(self) -> Self:
+        """Return a shallow copy that prints networks, its own and nested ones, by their class."""
+        params = self.get_params(deep=False)
+        nested = {k: v._shown() for k, v in params.items() if isinstance(v, NetworkEstimator)}
+        return self._with({k: _Shown(v) for k, v in params.items() if is_network(v)} | nested)
 
     def _with(self, params: dict[str, Any]) -> Self:
         """Return a shallow copy with other values for some parameters."""
         copy = object.__new__(type(self))
         copy.__dict__.update(vars(self), **params)
         return copy
+
+
+class _Leaf:
+    """A network in the HTML representation of an estimator."""
+
+    def __init__(self, network: Any, caption: str) -> None:
+        self._module = as_module(network)
+        self._caption = caption
+
+    def __str__(self) -> str:
+        # Not its modules, which may be hundreds.
+        n_parameters = sum(p.numel() for p in self._module.parameters())
+        return f"{type(self._module).__name__}, {n_parameters:,} parameters"
+
+    def _sk_visual_block_(self) -> VisualBlock:
+        return VisualBlock(
+            "single",
+            self,
+            names=type(self._module).__name__,
+            name_details=str(self),
+            name_caption=self._caption,
+        )
 
 
 class _Shown:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 
 from ._base import (
     ALGORITHM_CONSTRAINT,
@@ -83,9 +84,6 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         Neighbours in each layer.
     n_calibration_ : int
         Number of calibration samples.
-    training_data_ : tuple of ndarray
-        The training samples, of shape (n, *input_shape), and their classes; not in a pickled
-        estimator.
 
     See Also
     --------
@@ -321,11 +319,24 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
 
-    @property
-    def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The samples that ``fit`` got, of shape (n, *input_shape), and their classes."""
+    def training_data(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the samples that the classifier was fitted on, and their classes.
+
+        Returns
+        -------
+        X : ndarray of shape (n, *input_shape)
+            The samples, those for the calibration included. Not a copy: do not change them.
+        y : ndarray of shape (n,)
+            Their classes.
+
+        Raises
+        ------
+        ValueError
+            If the classifier was loaded: a pickle holds the features, but not the samples.
+        """
+        check_is_fitted(self)
         if self._training_data is None:
-            raise AttributeError(
+            raise ValueError(
                 "A loaded DkNNClassifier has the features of its training samples, but not the "
                 "samples themselves: fit it again."
             )

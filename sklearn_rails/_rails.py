@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_consistent_length
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from ._base import (
     ALGORITHM_CONSTRAINT,
@@ -139,8 +139,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         Seed of the random numbers. After fit, predictions are deterministic: they do not depend on
         batch composition, order or repetition.
     verbose : int, default=0
-        1 shows a progress bar over the samples, with the share of their populations that is
-        decided.
+        1 shows a progress bar over the samples: in ``fit`` those that are indexed, in ``predict``
+        with the share of their populations that is decided.
 
     Attributes
     ----------
@@ -159,8 +159,6 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ``classes_``.
     engine_ : ImmuneEngine
         What ``fit`` builds and ``predict`` runs, immutable.
-    training_data_ : tuple of ndarray
-        The training samples, of shape (n, n_features) or (n, *input_shape), and their classes.
     seed_ : int
         The random numbers are a function of it, the layer and the generation.
     threat_scorer_ : estimator
@@ -581,9 +579,17 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         )
         return self.classes_[scores.argmax(axis=1)], alarms
 
-    @property
-    def training_data_(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The samples that the classifier was fitted on, as ``fit`` got them, and their classes."""
+    def training_data(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the samples that the classifier was fitted on, and their classes.
+
+        Returns
+        -------
+        X : ndarray of shape (n, n_features) or (n, *input_shape)
+            The samples, in the shape in which ``fit`` got them. Not a copy: do not change them.
+        y : ndarray of shape (n,)
+            Their classes.
+        """
+        check_is_fitted(self)
         rows = self.engine_.layers[0].bank.cells if self._rows is None else self._rows
         rows = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
         return rows.reshape(len(rows), *self._given_shape), self.classes_[self._labels]
@@ -664,6 +670,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             gate=self.gate,
             seed=self.seed_,
             n_jobs=self.n_jobs,
+            verbose=self.verbose,
         )
         self.tau_ = {layer.name: layer.tau for layer in self.engine_.layers}
         sizes = self.engine_.layers[0].neighbors.n_samples_

@@ -121,16 +121,16 @@ def test_classifiers_have_their_training_data():
         make_rails(X, y),
         make_rails(X, y, feature_extractor=network, layers="2", start_layer="0"),
         make_rails(X[:20], y[:20]).partial_fit(X[20:], y[20:]),
-        DkNNClassifier(network, random_state=0).fit(X, y),
+        DkNNClassifier(network, layers="2", random_state=0).fit(X, y),
     ):
-        samples, labels = fitted.training_data_
+        samples, labels = fitted.training_data()
         np.testing.assert_array_equal(samples.reshape(X.shape), X)
         np.testing.assert_array_equal(labels, y)
     loaded = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(loaded.predict(X), fitted.predict(X))
     assert X.tobytes() not in pickle.dumps(fitted)
-    with pytest.raises(AttributeError, match="A loaded DkNNClassifier .* fit it again"):
-        _ = loaded.training_data_
+    with pytest.raises(ValueError, match="A loaded DkNNClassifier .* fit it again"):
+        loaded.training_data()
 
 
 def test_plot_again_on_a_given_figure(grey):

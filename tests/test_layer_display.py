@@ -68,7 +68,7 @@ def test_each_layer_is_measured_by_a_clone_on_it_alone(network, make):
     attacked = 1 - X
     before = pickle.dumps(fitted)
     display = LayerDisplay.from_estimator(fitted, X, Y, attacked)
-    assert display.layers == ("input", "conv", "hidden", "fc", "output")
+    assert display.layers == ("input", "conv", "hidden", "output")
     for i, layer in enumerate(display.layers):
         alone = clone(fitted).set_params(layers=layer).fit(X_TRAIN, Y_TRAIN)
         assert display.clean_accuracy[i] == alone.score(X, Y)
@@ -130,7 +130,7 @@ def test_any_classifier_of_the_package(network):
     assert LayerDisplay.from_estimator(only_input, X, Y, X).layers == ("input",)
     embedded = rails(network, start_layer="conv").fit(X_TRAIN, Y_TRAIN)
     later = LayerDisplay.from_estimator(embedded, X, Y, X).layers
-    assert later[-2:] == ("fc", "output")
+    assert later[-2:] == ("hidden", "output")
     assert "input" not in later
     extractor = TorchFeatureExtractor(network, layers=["conv"], input_shape=(1, 4, 4))
     flat, flat_train = X.reshape(len(X), -1), X_TRAIN.reshape(60, -1)
@@ -171,7 +171,7 @@ def test_errors_name_the_argument(network):
         LayerDisplay.from_estimator(LogisticRegression(), X, Y, X)
     with pytest.raises(NotFittedError):
         LayerDisplay.from_estimator(DkNNClassifier(), X, Y, X)
-    with pytest.raises(AttributeError, match="fit it again"):
+    with pytest.raises(ValueError, match="fit it again"):
         LayerDisplay.from_estimator(pickle.loads(pickle.dumps(fitted)), X, Y, X)
 
 

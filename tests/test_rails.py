@@ -345,6 +345,9 @@ def test_verbose_shows_a_progress_bar(split, capsys):
     shown = capsys.readouterr().err
     assert "60/60" in shown
     assert "100% of populations decided" in shown
+    rails.fit(*split[:2])
+    n_train = len(split[0])
+    assert f"{n_train}/{n_train}" in capsys.readouterr().err
 
 
 def test_repr_in_a_terminal_and_a_notebook_prints_no_network(fitted):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from .._blocks import block_slices
 from .._conformal import sample_rows
@@ -42,6 +43,7 @@ def build_engine(
     gate: Any,
     seed: int,
     n_jobs: int | None,
+    verbose: int,
 ) -> ImmuneEngine:
     """Index training samples, resolve ``tau`` and ``clip``, and calibrate the gate.
 
@@ -61,7 +63,7 @@ def build_engine(
         How mutation changes cells.
     seed : int
         Seed of the random numbers.
-    n_neighbors, tau, clip, affinity, algorithm, memory_capacity, gate, n_jobs
+    n_neighbors, tau, clip, affinity, algorithm, memory_capacity, gate, n_jobs, verbose
         As :class:`~sklearn_rails.RAILSClassifier` takes them.
 
     Returns
@@ -83,9 +85,11 @@ def build_engine(
         name: ClassNeighbors(affinity, algorithm, n_jobs).start(y, n_classes)
         for name in features.layers
     }
-    for block in block_slices(len(y), features.row_bytes, features.device):
-        for name, values in features(X[block]).items():
-            found[name].add(block, values)
+    with tqdm(total=len(y), desc="fit", unit="sample", disable=not verbose) as bar:
+        for block in block_slices(len(y), features.row_bytes, features.device):
+            for name, values in features(X[block]).items():
+                found[name].add(block, values)
+            bar.update(block.stop - block.start)
     layers = tuple(
         ResponseLayer(
             name,

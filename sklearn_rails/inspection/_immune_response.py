@@ -163,7 +163,7 @@ class ImmuneResponseDisplay:
         images = _as_images(X, estimator.input_shape_)
         examples = np.concatenate(
             [
-                _as_images(estimator.training_data_[0], estimator.input_shape_),
+                _as_images(estimator.training_data()[0], estimator.input_shape_),
                 _remembered_images(estimator, layer),
             ]
         )

@@ -12,12 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import clone
 from sklearn.utils.validation import check_consistent_length, column_or_1d
 
-from .._base import as_fitted, validate_rows
+from .._base import as_fitted, feature_map, validate_rows
 from .._dknn import DkNNClassifier
-from .._extractor import TorchFeatureExtractor
 from .._rails import RAILSClassifier
-from ..features.frozen import as_module
-from ..features.outputs import LayerError
 from ._matplotlib import COLORS, check_matplotlib
 
 if TYPE_CHECKING:
@@ -80,7 +77,6 @@ class LayerDisplay:
     conv2    0.960     0.610          0.155
     conv3    0.950     0.360          0.143
     conv4    0.960     0.240          0.110
-    fc       0.940     0.130          0.088
     output   0.940     0.130          0.094
     >>> plt.show()
     """
@@ -158,7 +154,7 @@ class LayerDisplay:
                 f"{type(estimator).__name__}."
             )
         fitted = as_fitted(estimator)
-        X_train, y_train = fitted.training_data_
+        X_train, y_train = fitted.training_data()
         labels = column_or_1d(y)
         attacked = attack(X, y) if callable(attack) else attack
         sets = []
@@ -173,15 +169,11 @@ class LayerDisplay:
         unfitted = clone(fitted)
         if isinstance(fitted, RAILSClassifier) and not getattr(fitted.gate, "needs_alarms", False):
             unfitted.set_params(threat_scorer=None)  # it does not change predictions
-        names = _layer_names(fitted) if layers is None else np.atleast_1d(layers).tolist()
+        if layers is None:
+            layers = _find_layers(fitted, X_train)
         measured: dict[str, tuple[float, float, float]] = {}
-        for layer in names:
-            try:
-                alone = clone(unfitted).set_params(layers=layer).fit(X_train, y_train)
-            except LayerError:
-                if layers is not None:
-                    raise
-                continue
+        for layer in [layers] if isinstance(layers, str) else layers:
+            alone = clone(unfitted).set_params(layers=layer).fit(X_train, y_train)
             (clean, first), (robust, second) = (_measure(alone, rows, labels) for rows in sets)
             measured[layer] = clean, robust, min(first, second)
         if not measured:
@@ -256,15 +248,16 @@ class LayerDisplay:
         return "\n".join(lines)
 
 
-def _layer_names(estimator: Any) -> list[str]:
-    """Return the names of the input, of all modules in a network, and of its output."""
-    network = estimator.feature_extractor
-    if isinstance(network, TorchFeatureExtractor):
-        network = network.module
-    if network is None:
-        return ["input"]
-    inner = [name for name, _ in as_module(network).named_modules() if name]
-    return list(dict.fromkeys(["input", *inner, estimator.feature_map_.output]))
+def _find_layers(estimator: Any, X_train: NDArray[Any]) -> tuple[str, ...]:
+    """Return the layers that can be used, by a map of its own: the estimator's stays as it is."""
+    start_layer = getattr(estimator, "start_layer", None)
+    features = feature_map(
+        estimator, estimator.feature_extractor, estimator.layers_, start_layer=start_layer
+    )
+    if not features.has_network:
+        return features.layers
+    features.probe(X_train.reshape(len(X_train), -1))
+    return features.find_layers()
 
 
 def _measure(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[float, float]:

@@ -492,7 +492,7 @@ class Detached(torch.nn.Module):
 
 def test_a_network_without_gradients_is_refused(digits, monkeypatch):
     X, y = digits[0][:100], digits[1][:100]
-    dknn = DkNNClassifier(Detached(), n_neighbors=5, random_state=0).fit(X, y)
+    dknn = DkNNClassifier(Detached(), layers="output", n_neighbors=5, random_state=0).fit(X, y)
     attack = AdaptiveKNNAttack(dknn, X, y, eps=0.1, max_iter=2)
     with pytest.raises(ValueError, match="its network detaches the layers .* from the input"):
         attack.generate(X, y)
