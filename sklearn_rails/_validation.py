@@ -99,6 +99,11 @@ def validate_fit_rows(
     """
     expected = check_shape(input_shape)
     flat, shape = flatten(X)
+    if getattr(flat, "ndim", 2) == 1:
+        raise ValueError(
+            f"X must have samples along its first axis, got shape {tuple(flat.shape)}. A single "
+            "sample is X[None]; labels come second, as in fit(X, y)."
+        )
     if expected is not None and len(shape) > 1 and shape != expected:
         raise ValueError(
             f"input_shape={expected} was given, but the samples of X have shape {shape}."
@@ -243,10 +248,12 @@ def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
         If it is not an array of samples of one shape.
     """
     if isinstance(X, DataLoader | Dataset | Iterator):
-        raise TypeError(
-            f"X must be an array or a tensor, got a {type(X).__name__}. Of a DataLoader, join the "
-            "batches: X, y = (torch.cat(part) for part in zip(*loader))."
-        )
+        hint = ""
+        if isinstance(X, DataLoader):
+            hint = " Join its batches: X, y = (torch.cat(part) for part in zip(*loader))."
+        elif isinstance(X, Dataset):
+            hint = " Join its samples: X = torch.stack([x for x, y in dataset])."
+        raise TypeError(f"X must be an array or a tensor, got a {type(X).__name__}.{hint}")
     if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):
         try:
             X = torch.stack([torch.as_tensor(sample) for sample in X])

@@ -172,6 +172,13 @@ def test_samples_far_outside_the_range_of_fit_warn_once(network, task):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             classifier.predict(255 * X)
+        classifier.fit(255 * X, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            classifier.predict(5 * X)
+            classifier.predict(np.zeros_like(X))
+        with pytest.warns(UserWarning, match="to 0.9.*, a small part of the range of fit"):
+            classifier.predict(X)
 
 
 class Text(nn.Module):

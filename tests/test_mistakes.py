@@ -42,7 +42,8 @@ def dknn(network=NETWORK, **parameters):
         (1, TypeError, "layers must name layers by strings, such as '1', .* got int: 1. The"),
         (["0", 2], TypeError, "such as '2', .* got int: 2. The network has: .'0', '1', '2', 'inp"),
         (7, TypeError, "such as '0', .* got int: 7"),
-        (NUMBERED[0], TypeError, "such as '0', .* got Conv2d"),
+        (NUMBERED, TypeError, "such as '0', .* got Sequential. The network"),
+        ([NUMBERED[0]], TypeError, "such as '0', .* got Conv2d. The network"),
         ("Out_put", ValueError, "does not have: .'Out_put'.. Did you mean 'output'. It has: "),
         (["output", "somewhere"], ValueError, r"not have: \['somewhere'\]. It has"),
     ],
@@ -91,10 +92,16 @@ def test_a_single_sample(single, message):
             ValueError,
             r"without their number: pass input_shape=\(1, 8, 8\)",
         ),
-        (lambda: dknn().fit(LOADER, Y), TypeError, "got a DataLoader. .* join the batches: X, y"),
+        (lambda: dknn().fit(LOADER, Y), TypeError, "got a DataLoader. Join its batches: X, y"),
         (lambda: dknn().fit(X, Y).predict(LOADER), TypeError, "got a DataLoader"),
-        (lambda: dknn().fit(LOADER.dataset, Y), TypeError, "X must .* got a TensorDataset"),
-        (lambda: dknn().fit((x for x in X), Y), TypeError, "X must .* got a generator"),
+        (lambda: dknn().fit(LOADER.dataset, Y), TypeError, "got a TensorDataset. Join its sampl"),
+        (lambda: dknn().fit((x for x in X), Y), TypeError, "X must .* got a generator.$"),
+        (
+            lambda: dknn().fit(FLAT[0], Y[:1]),
+            ValueError,
+            r"shape \(64,\). A single sample is X\[No",
+        ),
+        (lambda: dknn().fit(Y, X), ValueError, r"labels come second, as in fit\(X, y\)"),
         (lambda: dknn().fit(X, np.eye(3)[Y]), ValueError, r"one-hot labels, pass y.argmax\(axis=1"),
         (
             lambda: dknn().fit(torch.from_numpy(X), torch.eye(3)[Y]),
@@ -111,3 +118,4 @@ def test_other_mistakes(call, error, message):
 def test_the_advice_for_a_loader_works():
     samples, labels = (torch.cat(part) for part in zip(*LOADER, strict=True))
     assert dknn().fit(samples, labels).n_features_in_ == 64
+    assert torch.equal(torch.stack([x for x, _ in LOADER.dataset]), samples)

@@ -34,7 +34,7 @@ def test_tensors_are_checked_as_arrays_are(as_if_on_gpu):
     [
         (torch.tensor([[1.0, torch.nan]]), [0], "NaN or infinity"),
         (torch.tensor([[1.0, torch.inf]]), [0], "NaN or infinity"),
-        (torch.ones(3), [0, 0, 0], "got a tensor with 1"),
+        (torch.ones(3), [0, 0, 0], r"got shape \(3,\)"),
         (torch.ones(0, 2), [], "0 sample"),
         (torch.ones(2, 2), [0], "inconsistent numbers of samples"),
         (torch.ones(2, 2), [0.5, 1.2], "Unknown label type"),

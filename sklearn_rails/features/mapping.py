@@ -33,6 +33,10 @@ Samples = TypeVar("Samples", NDArray[Any], torch.Tensor)
 # unit, such as pixels from 0 to 255 after a fit on 0 to 1.
 RANGE_MARGIN = 3
 
+# The same for values whose range is smaller than that of fit by this factor, such as pixels from 0
+# to 1 after a fit on 0 to 255.
+RANGE_RATIO = 100
+
 
 class FeatureMap:
     """The maps f_l from samples to layers' features, on one device and in one dtype.
@@ -281,7 +285,7 @@ class FeatureMap:
         self._value_range = float(X.min()), float(X.max())
 
     def check_range(self, X: Array) -> None:
-        """Warn once of samples far outside the range of fit."""
+        """Warn once of samples far outside the range of fit, or in a small part of it."""
         if self._value_range is None:
             return
         low, high = self._value_range
@@ -291,6 +295,12 @@ class FeatureMap:
             self.warn_once(
                 "range",
                 f"X has values from {smallest:g} to {largest:g}, far outside the range of fit, "
+                f"{low:g} to {high:g}. Is it scaled as the training data are?",
+            )
+        elif 0 < largest - smallest < (high - low) / RANGE_RATIO:
+            self.warn_once(
+                "range",
+                f"X has values from {smallest:g} to {largest:g}, a small part of the range of fit, "
                 f"{low:g} to {high:g}. Is it scaled as the training data are?",
             )
 

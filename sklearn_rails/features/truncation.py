@@ -188,15 +188,17 @@ class TruncatedNetwork:
         if isinstance(layers, set | frozenset):
             raise ValueError(f"{parameter}={layers!r} has no order; give a list or a tuple.")
         known = [*self.layers, INPUT] + ([] if self.module is None else [self.output])
-        names = tuple(layers) if isinstance(layers, Iterable) else (layers,)
-        names = (layers,) if isinstance(layers, str) else names
+        is_list = isinstance(layers, Iterable) and not isinstance(layers, str | nn.Module)
+        names: tuple[Any, ...] = tuple(layers) if is_list else (layers,)
         others = [name for name in names if not isinstance(name, str)]
         if others:
             example = next((str(o) for o in others if str(o) in known), known[0])
+            # A module is named by its class: its repr may be longer than a page.
+            given = "" if isinstance(others[0], nn.Module) else f": {others[0]!r}"
             raise TypeError(
                 f"{parameter} must name layers by strings, such as {example!r}, as "
-                f"module.named_modules() does; got {type(others[0]).__name__}: {others[0]!r}. The "
-                f"network has: {known}."
+                f"module.named_modules() does; got {type(others[0]).__name__}{given}. The network "
+                f"has: {known}."
             )
         scripted = [name for name in names if name in self._scripted]
         if scripted:
