@@ -150,13 +150,12 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     The false-alarm rate on clean data that are like the samples of ``fit`` is at most ``alpha``.
     This is exact for ``"feature_squeezing"`` and outlier detectors, and approximate for the other
     methods, since clean samples are scored without themselves, with one sample fewer among the
-    neighbours. In the
-    simulations of ``tests/test_rates.py`` the rate was at most ``alpha`` for every method, from 10
-    samples on, with up to a quarter of the samples as neighbours. It holds on average over the
-    samples of ``fit``: the rate of a single fitted scorer varies about it with a standard
-    deviation of about sqrt(alpha (1 - alpha) / ``n_calibration_``). Features of samples that the
-    network was trained on differ from those of new ones: if there are enough, fit the scorer on
-    clean samples that the network has not seen.
+    neighbours. In the simulations of ``tests/test_rates.py`` the rate was at most ``alpha`` for
+    every method, from 10 samples on, with up to a quarter of the samples as neighbours. It holds on
+    average over the samples of ``fit``: the rate of a single fitted scorer varies about it with a
+    standard deviation of about sqrt(alpha (1 - alpha) / ``n_calibration_``). Features of samples
+    that the network was trained on differ from those of new ones: if there are enough, fit the
+    scorer on clean samples that the network has not seen.
 
     A sample is always flagged, even if ``alpha`` is too small for any other to be flagged, if the
     network gives NaN or infinity, if a method's score is NaN, or if it is infinite and no
