@@ -20,8 +20,8 @@ from .methods import make_detectors
 from .samples import CleanSamples
 from .scoring import score_clean, score_new
 
-# Maximum number of clean samples that the detectors are fitted and calibrated on, and of features of
-# a layer, for the comparison of layers. A covariance of 2,048 features takes seconds for each layer.
+# Maximum number of clean samples that the detectors are fitted and calibrated on, and of features
+# of a layer. A covariance of 2,048 features would take seconds for each layer.
 MAX_TRAINING = 2000
 MAX_FEATURES = 512
 
