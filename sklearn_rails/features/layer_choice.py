@@ -15,6 +15,7 @@ from sklearn import get_config
 from sklearn.utils import check_consistent_length, check_random_state
 
 from .._validation import check_samples, find_user_level, validate_labels
+from .device import is_out_of_memory
 from .frozen import as_module
 from .mapping import Array, FeatureMap
 from .truncation import INPUT
@@ -203,7 +204,13 @@ class HeldOutAttack:
     def _gradient(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the margin by which other classes lead that of the network."""
         x = x.detach().requires_grad_()
-        outputs = self._features.with_gradient(x, (self._features.output,))[self._features.output]
+        output = self._features.output
+        try:
+            outputs = self._features.with_gradient(x, (output,))[output]
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise NotDifferentiableError from error  # such as operations with out=
         if not outputs.requires_grad:
             raise NotDifferentiableError
         # Not the cross-entropy, whose gradient vanishes where the network is sure.
