@@ -145,11 +145,13 @@ def is_usable(
 
 
 def _thin(names: Sequence[str], size: int, output: str) -> tuple[str, ...]:
-    """Return at most ``size`` names: outer modules before inner ones, evenly spread."""
+    """Return at most ``size`` names: outer modules before inner ones, evenly spread if there are few."""
     kept = [name for name in names if name in (INPUT, output)]
     for depth in range(1 + max((name.count(".") for name in names), default=0)):
         level = [name for name in names if name.count(".") == depth and name not in kept]
         if len(level) > size - len(kept):
+            if len(kept) > size // 2:
+                break
             places = np.linspace(0, len(level) - 1, size - len(kept)).round().astype(int)
             level = [level[i] for i in places]
         kept += level
