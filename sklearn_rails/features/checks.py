@@ -158,7 +158,7 @@ def _thin(names: Sequence[str], size: int, output: str) -> tuple[str, ...]:
 
 def _abridge(output: torch.Tensor) -> torch.Tensor:
     """Return some of a layer's features and their number, to compare layers by."""
-    flat = output.detach().flatten(1)
+    flat = output.detach().reshape(len(output), -1)
     step = max(1, flat.shape[1] // COMPARED_FEATURES)
     return torch.cat([flat[:, ::step], flat.new_full((len(flat), 1), flat.shape[1])], dim=1).clone()
 
