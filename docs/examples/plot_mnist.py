@@ -33,7 +33,7 @@ X_train, X_rest, y_train, y_rest = train_test_split(
 X_clean, y_clean = X_rest[:800], y_rest[:800]
 X_test, y_test = X_rest[800:1000], y_rest[800:1000]
 
-network = train_network(X_train, y_train, max_epochs=4, verbose=0)
+network = train_network(X_train, y_train, max_epochs=6, verbose=0)
 print(f"accuracy of the network: {network.score(X_test, y_test):.1%}")
 
 # %%
