@@ -145,7 +145,7 @@ def is_usable(
 
 
 def _thin(names: Sequence[str], size: int, output: str) -> tuple[str, ...]:
-    """Return at most ``size`` names: outer modules before inner ones, evenly spread if there are few."""
+    """Return at most ``size`` names: outer modules before inner ones."""
     kept = [name for name in names if name in (INPUT, output)]
     for depth in range(1 + max((name.count(".") for name in names), default=0)):
         level = [name for name in names if name.count(".") == depth and name not in kept]
