@@ -144,9 +144,15 @@ def reachable_projects():
 intersphinx_mapping = reachable_projects()
 
 
+SHAPE = r"\((n[a-z_]*,[^()`]*)\)"
+
+
 def quote_shapes(app, what, name, obj, options, lines):
     """Show shapes as code, since docutils reads (n, *shape) and (n_features_in_,) as markup."""
-    lines[:] = [re.sub(r"\((n[a-z_]*,[^()`]*)\)", r"``(\1)``", line) for line in lines]
+    lines[:] = [
+        line if line.strip().startswith((">>>", "...")) else re.sub(SHAPE, r"``(\1)``", line)
+        for line in lines
+    ]
 
 
 def write_results(app):
