@@ -66,9 +66,10 @@ for eps in epsilons:
         )
         curves[name]["adaptive"].append(robust_accuracy_score(y_test, *labels))
         examples[name, eps] = transferred, adaptive, labels
+        transfer, worst = (curve[-1] for curve in curves[name].values())
         print(
-            f"eps {eps:<4} {name:<5}: transfer {curves[name]['transfer'][-1]:.0%},"
-            f" worst case {curves[name]['adaptive'][-1]:.0%}"
+            f"eps {eps:<4} {name:<5}: transfer {transfer:.0%}, "
+            f"worst case {worst:.0%}"
         )
 
 fig, ax = plt.subplots(layout="constrained")

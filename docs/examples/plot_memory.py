@@ -80,11 +80,10 @@ for name, (learn, _) in ways.items():
         learn(rails, attacked_come[batch], y_come[batch])
         curve.append(measure(rails))
     curves[name] = np.array(curve)
-    n_cells = len(rails.memory_["conv1"])
+    first, *_, last = curve
     print(
-        f"{name:<28} clean {curve[0][0]:.1%} -> {curve[-1][0]:.1%}, "
-        f"attacked {curve[0][1]:.1%} -> {curve[-1][1]:.1%} "
-        f"({n_cells} cells)"
+        f"{name:<28} clean {first[0]:.1%} -> {last[0]:.1%}, "
+        f"attacked {first[1]:.1%} -> {last[1]:.1%}"
     )
 
 # %%

