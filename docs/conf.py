@@ -8,6 +8,7 @@ from pathlib import Path
 import requests
 from docutils import nodes
 from sphinx.util import logging
+from sphinx_gallery.sorting import ExplicitOrder
 
 from sklearn_rails import __version__
 
@@ -56,6 +57,24 @@ numpydoc_validation_exclude = {r"\.ImmuneResponse$"}
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "auto_examples",
+    # In the order of reading; a new example has to be listed.
+    "within_subsection_order": ExplicitOrder(
+        [
+            f"plot_{name}.py"
+            for name in (
+                "mnist",
+                "layers",
+                "response",
+                "threat_scores",
+                "abstaining",
+                "credibility",
+                "grid_search",
+                "memory",
+                "adaptive_attack",
+                "tabular",
+            )
+        ]
+    ),
     # For "Examples using" on the pages of the API, see _templates/autosummary.
     "backreferences_dir": "api/backreferences",
     "doc_module": ("sklearn_rails",),
@@ -125,9 +144,15 @@ def reachable_projects():
 intersphinx_mapping = reachable_projects()
 
 
+SHAPE = r"\((n[a-z_]*,[^()`]*)\)"
+
+
 def quote_shapes(app, what, name, obj, options, lines):
     """Show shapes as code, since docutils reads (n, *shape) and (n_features_in_,) as markup."""
-    lines[:] = [re.sub(r"\((n[a-z_]*,[^()`]*)\)", r"``(\1)``", line) for line in lines]
+    lines[:] = [
+        line if line.strip().startswith((">>>", "...")) else re.sub(SHAPE, r"``(\1)``", line)
+        for line in lines
+    ]
 
 
 def write_results(app):

@@ -1,4 +1,7 @@
-"""Small tables for the documentation, from the files in benchmarks/results."""
+"""Small tables for the documentation, from the files in benchmarks/results.
+
+Run as a script, it prints the table of README.md.
+"""
 
 import csv
 from pathlib import Path
@@ -47,11 +50,9 @@ def write_tables(results, target):
         A folder, made if it does not exist.
     """
     target.mkdir(exist_ok=True)
-    files = {}
     for path in results.glob("*.csv"):
         (target / path.name).write_bytes(path.read_bytes())
-        with path.open(newline="", encoding="utf-8") as file:
-            files[path.stem] = list(csv.DictReader(file))
+    files = read_results(results)
     tables = {
         "accuracy": accuracy_table(files["table1"]),
         "gain": gain_table(files["table1"]),
@@ -67,6 +68,31 @@ def write_tables(results, target):
         path = Path(target, "small", f"{name}.csv")
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
+
+
+def read_results(results):
+    """Return the rows of each file in benchmarks/results, by the name of the file."""
+    files = {}
+    for path in results.glob("*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            files[path.stem] = list(csv.DictReader(file))
+    return files
+
+
+def readme_table(results):
+    """Return accuracy, clean and under attack, and under the worst attack, as Markdown."""
+    files = read_results(results)
+    header, *rows = accuracy_table(files["table1"])
+    worst = {
+        row[0]: [cell.split(" / ")[1] for cell in row[1:]]
+        for row in adaptive_table(files["attacks"])[1:]
+    }
+    table = [
+        [*header, "worst: network, DkNN, RAILS"],
+        [":--", *["--:"] * len(header)],
+        *([*row, ", ".join(worst.get(row[0], []))] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def select(rows, **values):
@@ -201,3 +227,7 @@ def by_network(rows):
     """Return the rows of each network, in the order of the other tables."""
     names = sorted({row["network"] for row in rows}, key=list(NETWORKS).index)
     return {name: [row for row in rows if row["network"] == name] for name in names}
+
+
+if __name__ == "__main__":
+    print(readme_table(Path(__file__).parents[1] / "benchmarks" / "results"))

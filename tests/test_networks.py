@@ -47,6 +47,19 @@ def settings(specimen, **others):
     return {"layers": specimen.layers, "batch_size": specimen.batch_size} | others
 
 
+@in_zoo
+@pytest.mark.filterwarnings("ignore:layers='auto'", "ignore:No attack", "ignore:The .grad")
+def test_a_layer_is_chosen_on_any_network(name):
+    specimen = ZOO[name]
+    network, X, y = make(specimen)
+    X, y = np.concatenate([X, X]), np.concatenate([y, y])
+    shared = {"n_neighbors": 3, "batch_size": specimen.batch_size, "random_state": 0}
+    dknn = DkNNClassifier(network, **shared).fit(X, y)
+    named = DkNNClassifier(network, layers=dknn.layers_, **shared).fit(X, y)
+    assert len(dknn.layers_) == 1
+    assert_array_equal(named.predict(X), dknn.predict(X))
+
+
 def estimators(network, specimen):
     has_floats = specimen.shape != TOKENS
     shared = settings(specimen, random_state=0)

