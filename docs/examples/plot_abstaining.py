@@ -38,7 +38,8 @@ requests = {
 # -----------
 # The threat scorer is fitted on clean images that the network was not trained on.
 # ``FrozenEstimator`` makes RAILS use it as it is. (``threat_scorer=ThreatScorer()`` would be fitted
-# on the training images, and flag a little more than ``alpha`` of the clean ones.)
+# on the training images, and flag a little more than ``alpha`` of the clean ones.) Its
+# answers for four clean images, and for the same four attacked:
 
 scorer = ThreatScorer(network, layers="conv1", alpha=0.05, random_state=0)
 scorer.fit(X_clean, y_clean)
@@ -49,7 +50,8 @@ service = RAILSClassifier(
     random_state=0,
 ).fit(X_train, y_train)
 
-labels, alarms = service.predict_with_alarm(requests["PGD, eps 0.2"][:5])
+some = np.concatenate([X_test[:4], requests["PGD, eps 0.1"][:4]])
+labels, alarms = service.predict_with_alarm(some)
 print(np.where(alarms, "not sure", labels.astype(str)))
 
 # %%

@@ -97,7 +97,7 @@ ax.set(
     ylabel="accuracy on other attacked images",
     ylim=(0, 1.02),
 )
-ax.legend(loc="center right")
+ax.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 plt.show()
 
 # %%
