@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint docs docs-check bench reproduce clean
+.PHONY: demo test test-slow lint docs docs-check bench reproduce reproduce-quick clean
 
 # The stamp is written last, so that an interrupted install is repeated.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
@@ -48,9 +48,21 @@ DATA := $(if $(DATA_HOME),--data-home "$(DATA_HOME)")
 
 reproduce: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[reproduce]"
-	for script in table1 study attacks detect triage memory figure2; do \
+	for script in table1 layers sensing_defaults study attacks detect triage memory figure2; do \
 		$(BIN)/python benchmarks/reproduce/$$script.py --rows $(ROWS) $(DATA) || exit 1; \
 	done
 
+# Minutes instead of hours: the digits, which need no file, or MNIST if there is a folder with it.
+# With one torch thread, since two wait for each other when the machine is busy.
+QUICK := $(if $(DATA_HOME),mnist $(DATA),digits) --settings benchmarks/reproduce/quick.toml \
+	--results reproduce_quick
+
+reproduce-quick: $(STAMP)
+	for script in layers sensing_defaults table1; do \
+		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reproduce/$$script.py $(QUICK) || exit 1; \
+	done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reproduce/figure2.py $(QUICK) --rows 20
+
 clean:
-	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/api/backreferences docs/results demo_results
+	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/api/backreferences docs/results demo_results \
+		reproduce_quick

@@ -28,7 +28,8 @@ SHARED_DOCUMENTATION = {
             is a GPU, else the CPU.""",
     "batch_size": """
         batch_size : int or "auto", default="auto"
-            Number of samples that go through the network together.""",
+            Number of samples that go through the network together; at most the number of training
+            samples, or 4,096 if that is more.""",
     "fitted": """
         n_features_in_ : int
             Number of values in one input.

@@ -88,6 +88,15 @@ threat_weights = [0.1, 1.0]
 parameters = { layers = "conv1", population_size = 30 }
 threat = { layers = "conv2", method = "disagreement" }
 """,
+    "layers": ROWS
+    + """
+parameters = { population_size = 30, generations = 1 }
+[data.digits]
+""",
+    "sensing_defaults": ROWS.replace("n_validation = 20", "n_validation = 300")
+    + """
+[data.digits]
+""",
     "figure2": ROWS
     + """
 [data.digits]
@@ -170,6 +179,27 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert int(rows[1]["cells"]) <= int(rows[3]["cells"])
         assert rows[0]["clean rows: against none"].startswith("+0.0")
         assert (results / "memory_digits.png").stat().st_size > 5_000
+    elif script == "layers":
+        assert [row["layer"] for row in rows][:2] == ["input", "conv1"]
+        (chosen,) = (row for row in rows if row["chosen"] == "True")
+        assert chosen["mean against the chosen"].startswith("+0.0")
+        last = rows[-1]
+        assert last["layer"] == "output"
+        assert float(last["attacked"].split()[0]) < float(rows[0]["attacked"].split()[0])
+        for row in rows:
+            clean, attacked = (float(row[kind].split()[0]) for kind in ("clean", "attacked"))
+            assert abs(float(row["mean"]) - (clean + attacked) / 2) < 0.11
+            assert float(row["mean against the chosen"].split()[0]) == pytest.approx(
+                float(row["mean"]) - float(chosen["mean"]), abs=0.11
+            )
+    elif script == "sensing_defaults":
+        assert [row["fitted on"] for row in rows] == ["training", "validation"]
+        assert [row["rows of fit"] for row in rows] == ["300", "300"]
+        for row in rows:
+            assert float(row["fooled rows flagged"].split()[0]) > 50
+            assert float(row["clean rows flagged"].split()[0]) < 25
+            assert row["clean rows"] == "450"
+            assert 5 < int(row["fooled rows"]) <= 15
     elif script == "study":
         changed = ["nothing ", '{"tau_fa', '{"over_g', '{"affini']
         assert [row["changed"][:8] for row in rows] == changed

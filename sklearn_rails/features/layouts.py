@@ -29,6 +29,9 @@ MEASURED_SECONDS = 0.05
 # the training samples take to run through the network.
 TRIAL_SECONDS, TRIAL_SHARE = 1.0, 0.2
 
+# Batch sizes beyond this and beyond the number of training samples are not used.
+LARGEST_NEEDED = 4096
+
 # Batch size for samples on a CPU, of images and of vectors. Calls may have a single sample.
 CPU_BATCH = (16, 256)
 
@@ -42,7 +45,8 @@ class Layouts:
     Parameters
     ----------
     batch_size : "auto" or int
-        A number is taken as it is, and nothing is measured.
+        Of a number, at most that of the training samples or 4,096 is taken, and nothing is
+        measured.
     input_shape : tuple of int
         Shape of one sample.
     device : torch.device
@@ -76,8 +80,11 @@ class Layouts:
         self._max_seconds = max(TRIAL_SECONDS, TRIAL_SHARE * n_samples * self._seconds_per_sample)
         self._fixed = None
         if batch_size != "auto":
-            is_exact = bool(probed and probed.is_exact)
-            self._fixed = BatchLayout(max(batch_size, self.smallest), exact=is_exact)
+            is_exact, size = bool(probed and probed.is_exact), batch_size
+            if probed and not is_exact:
+                # Batches are filled up to their size, so that a larger one only costs time.
+                size = min(batch_size, max(n_samples, LARGEST_NEEDED))
+            self._fixed = BatchLayout(max(size, self.smallest), exact=is_exact)
         # Token ids cost as much as images, other vectors do not.
         self._is_vector = len(input_shape) == 1 and not (probed and probed.integer_input)
         self.run_on(device)

@@ -198,6 +198,21 @@ def test_tabular_networks(n_outputs):
     assert rails.layers_ == (rails.layer_scores_.best,)
 
 
+def test_a_batch_size_beyond_all_samples_costs_no_more():
+    X, y = tabular_data()
+    passes = []
+
+    class Counting(Tabular):
+        def forward(self, x):
+            passes.append(len(x))
+            return super().forward(x)
+
+    dknn = DkNNClassifier(Counting(), n_neighbors=5, batch_size=10**9).fit(X, y)
+    assert dknn.feature_map_.batch_size == 4096
+    assert max(passes) == 4096
+    assert dknn.score(X, y) > 0.8
+
+
 def test_a_start_layer_leaves_what_comes_after_it(network, digits):
     rails = RAILSClassifier(network, start_layer="conv2", generations=1, random_state=0)
     rails.fit(digits.X_train[:200], digits.y_train[:200])
