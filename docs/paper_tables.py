@@ -60,6 +60,8 @@ def write_tables(results, target):
         "parts": parts_table(files["study"]),
         "detection": detection_table(files["detect"]),
         "passes": passes_table(files),
+        "layers": layers_table(files["layers"]),
+        "sensing_defaults": sensing_table(files["sensing_defaults"]),
     }
     (target / "small").mkdir(exist_ok=True)
     for name, rows in tables.items():
@@ -196,6 +198,35 @@ def passes_table(files):
             cells.append(f"{clean:.1f} / {robust:.1f}, {float(row['forward_passes']):,.0f}")
         table.append([NETWORKS.get(network, network), *cells])
     return table
+
+
+def layers_table(rows):
+    """Return the layer that layers="auto" chooses, and the best one by a search."""
+    table = [["", "chosen", "clean / attacked", "best by search", "clean / attacked"]]
+    for network, tried in by_network(rows).items():
+        pair = select(tried, chosen="True"), max(tried, key=lambda row: float(row["mean"]))
+        cells = [
+            (row["layer"], f"{percent(row['clean'])} / {percent(row['attacked'])}") for row in pair
+        ]
+        table.append([NETWORKS[network], *cells[0], *cells[1]])
+    return table
+
+
+def sensing_table(rows):
+    """Return the shares of images that ThreatScorer() flags, and the layer that it chooses."""
+    table = [["", "fitted on", "layer", "attacked", "clean"]]
+    for network, found in by_network(rows).items():
+        for row in found:
+            flagged = [percent(row[f"{kind} rows flagged"]) for kind in ("fooled", "clean")]
+            fitted_on = f"{int(row['rows of fit']):,} {row['fitted on']}"
+            table.append([NETWORKS[network], fitted_on, row["layers"], *flagged])
+    return table
+
+
+def by_network(rows):
+    """Return the rows of each network, in the order of the other tables."""
+    names = sorted({row["network"] for row in rows}, key=list(NETWORKS).index)
+    return {name: [row for row in rows if row["network"] == name] for name in names}
 
 
 if __name__ == "__main__":

@@ -164,9 +164,9 @@ class HeldOutAttack:
         """Warn if the last attack has left most predictions of the network as they were."""
         if self.changed.mean() < 1 - MAX_KEPT:
             warnings.warn(
-                f"No attack of layers='auto' changes more than {self.changed.mean():.0%} of the "
-                "network's predictions, so layers are compared on samples that are hardly "
-                "attacked.",
+                "No attack by which layers are compared changes more than "
+                f"{self.changed.mean():.0%} of the network's predictions, so the layers are "
+                "compared on samples that are hardly attacked.",
                 stacklevel=find_user_level(),
             )
 
