@@ -101,3 +101,21 @@ def test_a_result_that_is_missing_or_there_twice_is_an_error(paper_tables):
         paper_tables.select([row], network="svhn")
     with pytest.raises(ValueError, match="2 rows"):
         paper_tables.select([row, row], network="mnist")
+
+
+def test_the_chosen_layer_stands_beside_the_best(paper_tables):
+    def row(layer, accuracy, network="svhn"):
+        clean, attacked, mean, chosen = accuracy
+        shares = {"clean": f"{clean} (1 to 99)", "attacked": f"{attacked} (1 to 99)"}
+        return {"network": network, "layer": layer, **shares, "mean": mean, "chosen": chosen}
+
+    rows = [
+        row("early", ("70.0", "60.0", "65.0", "False")),
+        row("late", ("90.0", "10.0", "50.0", "False")),
+        row("middle", ("80.0", "49.0", "64.5", "True")),
+        row("conv1", ("97.0", "85.0", "91.0", "True"), "mnist"),
+    ]
+    assert paper_tables.layers_table(rows)[1:] == [
+        ["MNIST", "conv1", "97.0 / 85.0", "conv1", "97.0 / 85.0"],
+        ["SVHN", "middle", "80.0 / 49.0", "early", "70.0 / 60.0"],
+    ]
