@@ -30,8 +30,9 @@ lint: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+# One thread: the examples train small networks, which threads that compete slow down tenfold.
 docs: $(STAMP)
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
 
 # Needs chromium and chromedriver, such as Debian's packages chromium and chromium-driver.
 docs-check: docs

@@ -15,9 +15,9 @@ SHARED_DOCUMENTATION = {
             shape of X.""",
     "layers_auto": """
             ``"auto"`` chooses one layer in ``fit``, by attacking training samples (see
-            :doc:`/user_guide/layers`); it costs about 30,000 forward passes, whatever the size of
-            the data. None takes the extractor's own layers, else the network's output, which no
-            defence should use.""",
+            :doc:`/user_guide/layers`). This costs at most about 16,500 forward passes, 6,500 of
+            them with a backward pass, however many samples there are. None takes the extractor's
+            own layers, else the network's output, which no defence should use.""",
     "layer_scores": """
         layer_scores_ : LayerScores or None
             With ``layers="auto"`` and a network, the accuracy of each layer's nearest neighbours

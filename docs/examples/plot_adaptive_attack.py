@@ -8,8 +8,6 @@ Attacks on the network alone flatter every defence that does not decide by the n
 :class:`~sklearn_rails.RAILSClassifier` themselves. This example compares the two attacks.
 """
 
-# sphinx_gallery_thumbnail_number = 1
-
 # %%
 # Data, network and defences
 # --------------------------

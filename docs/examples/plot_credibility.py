@@ -7,8 +7,6 @@ DkNN's credibility
 what it is low for, what the p-values guarantee, and what they do not.
 """
 
-# sphinx_gallery_thumbnail_number = 1
-
 # %%
 # Data, network and classifier
 # ----------------------------

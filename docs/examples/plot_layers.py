@@ -6,8 +6,6 @@ The layer in which RAILS looks for neighbours matters more than any other parame
 shows how ``layers="auto"`` chooses it, and checks the choice on images that it has not seen.
 """
 
-# sphinx_gallery_thumbnail_number = 2
-
 # %%
 # Data and network
 # ----------------
@@ -24,6 +22,7 @@ from sklearn_rails.demo import train_network
 from sklearn_rails.features import choose_layers
 from sklearn_rails.inspection import LayerDisplay
 
+# sphinx_gallery_thumbnail_number = 2
 mnist = load_mnist_images(train_size=1500, test_size=80)
 X_train, y_train = mnist.X_train, mnist.y_train
 X_test, y_test = mnist.X_test, mnist.y_test

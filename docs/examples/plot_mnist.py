@@ -8,8 +8,6 @@ same images, and a :class:`~sklearn_rails.ThreatScorer` flags the attacked ones.
 retrained.
 """
 
-# sphinx_gallery_thumbnail_number = 2
-
 # %%
 # Data and network
 # ----------------
@@ -24,6 +22,7 @@ from sklearn_rails.attacks import pgd
 from sklearn_rails.datasets import load_mnist_images
 from sklearn_rails.demo import train_network
 
+# sphinx_gallery_thumbnail_number = 2
 mnist = load_mnist_images(train_size=2500, test_size=1000)
 X_train, y_train = mnist.X_train, mnist.y_train
 X_test, y_test = mnist.X_test[:200], mnist.y_test[:200]

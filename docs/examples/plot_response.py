@@ -6,8 +6,6 @@ RAILS evolves the nearest training examples of every class toward an input, and 
 offspring vote. This example follows one attacked image through these steps.
 """
 
-# sphinx_gallery_thumbnail_number = 3
-
 # %%
 # An attacked image
 # -----------------
@@ -25,6 +23,7 @@ from sklearn_rails.inspection import (
     ImmuneResponseDisplay,
 )
 
+# sphinx_gallery_thumbnail_number = 3
 mnist = load_mnist_images(train_size=2000, test_size=50)
 X_train, y_train = mnist.X_train, mnist.y_train
 X_test, y_test = mnist.X_test, mnist.y_test

@@ -6,8 +6,6 @@ Nothing in the estimators is special to images. Here a small multilayer perceptr
 tumours as malignant or benign by 30 measurements, and an attack changes the measurements slightly.
 """
 
-# sphinx_gallery_thumbnail_number = 1
-
 # %%
 # Data and network
 # ----------------
@@ -64,8 +62,8 @@ rails = RAILSClassifier(network, random_state=0).fit(X_train, y_train)
 print(rails.layer_scores_)
 
 # %%
-# The choice is the table itself, since an attack moves all hidden layers further. The network is
-# then not used for predictions at all. A hidden layer and DkNN are tried for comparison.
+# The choice is the table itself, whose neighbours withstand the attacks best. The network is then
+# not used for predictions. RAILS in a hidden layer, and DkNN, are tried for comparison.
 
 dknn = DkNNClassifier(
     network, layers=rails.layers_, n_neighbors=15, random_state=0
@@ -95,10 +93,9 @@ ax.legend()
 plt.show()
 
 # %%
-# Neighbours help, but less than on images: a record of 30 correlated measurements has few
-# neighbours that a change by half a standard deviation does not reach. RAILS is not clearly better
-# than DkNN, which is many times faster: the standard error of an accuracy on 200 records is up to
-# 3.5 points.
+# Neighbours in the table help, but less than on images; in the hidden layer RAILS is as easy to
+# attack as the network. RAILS is not better than DkNN, which is many times faster: the standard
+# error of an accuracy on 200 records is up to 3.5 points.
 #
 # Which records resemble this one?
 # --------------------------------

@@ -7,8 +7,6 @@ methods see different things. This example measures how many inputs of four kind
 flags, and why the default takes three.
 """
 
-# sphinx_gallery_thumbnail_number = 1
-
 # %%
 # Data, network, and what should be flagged
 # -----------------------------------------
@@ -118,9 +116,9 @@ plt.show()
 
 # %%
 # ``"disagreement"`` and ``"feature_squeezing"`` detect small attacks, ``"mahalanobis"`` larger ones
-# and noise. The other methods measure how far an input is from the training data: they see noise,
-# but hardly any attack, and would only dilute the sum. Which methods are best depends on the
-# network, the layer and the attack.
+# and noise. The other methods detect few attacks; most of them detect noise, which is far from all
+# training data. Adding them would dilute the sum. Which methods are best depends on the network,
+# the layer and the attack.
 #
 # The default in detail
 # ---------------------

@@ -320,7 +320,8 @@ def score_layers(
     found = _classify(sampled, joined, own, X, y, references)
     classes = np.tile(y[attack.index], len(queries))
     correct = {name: (c == classes).reshape(len(queries), -1) for name, c in found.items()}
-    attack.warn_if_weak()
+    if eps is None:
+        attack.warn_if_weak()
     per_sample = {layer: values.mean(axis=0) for layer, values in correct.items()}
     best = max(per_sample.values(), key=lambda values: values.mean())
     error = best.std(ddof=1) / np.sqrt(len(best))
