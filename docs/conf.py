@@ -39,8 +39,8 @@ exclude_patterns = ["_build", "_templates", "examples"]
 # Only this package's methods; scikit-learn documents its own.
 autodoc_default_options = {
     "members": True,
-    "inherited-members": "NetworkEstimator, ClassifierMixin, OutlierMixin, TransformerMixin, "
-    "ClassNamePrefixFeaturesOutMixin, BaseEstimator, _MetadataRequester, _SetOutputMixin",
+    "inherited-members": "Mapping, Generic, NetworkEstimator, ClassifierMixin, OutlierMixin, "
+    "TransformerMixin, ClassNamePrefixFeaturesOutMixin, BaseEstimator, _MetadataRequester, _SetOutputMixin",
     "exclude-members": "set_fit_request, set_partial_fit_request, set_score_request, "
     "set_transform_request",
 }
@@ -51,8 +51,8 @@ python_maximum_signature_line_length = 79
 # autodoc lists them.
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {"all", "ES01", "EX01", "SA01", "SA04", "GL08"}
-# Its parameters are its attributes.
-numpydoc_validation_exclude = {r"\.ImmuneResponse$"}
+# Their parameters are their attributes.
+numpydoc_validation_exclude = {r"\.(ImmuneResponse|LayerScores)$"}
 
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
