@@ -40,7 +40,8 @@ exclude_patterns = ["_build", "_templates", "examples"]
 autodoc_default_options = {
     "members": True,
     "inherited-members": "Mapping, Generic, NetworkEstimator, ClassifierMixin, OutlierMixin, "
-    "TransformerMixin, ClassNamePrefixFeaturesOutMixin, BaseEstimator, _MetadataRequester, _SetOutputMixin",
+    "TransformerMixin, ClassNamePrefixFeaturesOutMixin, BaseEstimator, _MetadataRequester, "
+    "_SetOutputMixin",
     "exclude-members": "set_fit_request, set_partial_fit_request, set_score_request, "
     "set_transform_request",
 }
