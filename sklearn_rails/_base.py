@@ -88,6 +88,11 @@ class NetworkEstimator(BaseEstimator):
         return self._features.device
 
     @property
+    def dtype_(self) -> str:
+        """In which type the network computes; ``dtype``, or what ``"auto"`` has chosen."""
+        return self._features.network_dtype
+
+    @property
     def feature_map_(self) -> FeatureMap:
         """The map from inputs to the layers' features."""
         return self._features

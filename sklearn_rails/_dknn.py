@@ -65,8 +65,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         cloned for every layer.
     %(input_shape)s
     %(device)s
-    dtype : {"float32", "float64"}, default="float32"
-        Precision of the network and the features.
+    %(dtype)s
     %(batch_size)s
 
     n_jobs : int, default=None

@@ -26,6 +26,12 @@ SHARED_DOCUMENTATION = {
         device : str, default="auto"
             ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"mps"``; ``"auto"`` is CUDA where there
             is a GPU, else the CPU.""",
+    "dtype": """
+        dtype : {"float32", "float64", "bfloat16", "auto"}, default="float32"
+            Floating-point type of samples, cells and features. With ``"bfloat16"`` they are in
+            float32, and the network's convolutions and products are computed in half precision:
+            about twice as fast where the processor or GPU has matrix units for it. ``"auto"``
+            measures the network in ``fit`` and takes bfloat16 where it is faster.""",
     "batch_size": """
         batch_size : int or "auto", default="auto"
             Number of samples that go through the network together; at most the number of training
@@ -41,6 +47,8 @@ SHARED_DOCUMENTATION = {
             The layers.
         device_ : torch.device
             Where the computation runs.
+        dtype_ : str
+            The ``dtype`` that the network computes in.
         feature_map_ : FeatureMap
             The map from inputs to the layers' features.""",
     "X": """

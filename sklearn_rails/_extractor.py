@@ -37,8 +37,7 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, N
         the network's own, and None for its output.
     %(input_shape)s
     %(device)s
-    dtype : {"float32", "float64"}, default="float32"
-        Precision of inputs, parameters and features.
+    %(dtype)s
     %(batch_size)s
 
     Attributes

@@ -110,8 +110,10 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         neighbours contradict it; :class:`~sklearn_rails.immune.Triage` breeds only what the
         ``threat_scorer`` flags. Their parameters can be searched, as ``gate__alpha``.
     early_stopping : bool, default=True
-        Stop breeding a sample once all its plasma cells agree on the same class in two consecutive
-        generations. False breeds all generations.
+        Do not breed a sample whose vote is settled, nor breed it further. Settled means that the
+        plasma is unanimous, and its class leads all others by four times ``tau`` in affinity, or
+        it was unanimous for the same class one generation before. The flock counts as the first
+        plasma, so that most clean samples are not bred at all. False breeds all generations.
     algorithm : {"auto", "brute", "kd_tree", "ball_tree"}, ExactNeighbors or estimator, \
             default="auto"
         How neighbours are found: an exact matrix product on the device,
@@ -129,8 +131,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         network keeps all but its seed. One that is fitted, such as on clean data that the network
         was not trained on, is used as it is in a :class:`~sklearn.frozen.FrozenEstimator`.
     %(device)s
-    dtype : {"float32", "float64"}, default="float32"
-        Precision of the network, the features and the cells.
+    %(dtype)s
     %(batch_size)s
     n_jobs : int, default=None
         Number of threads, each of which predicts blocks of samples, and of threads for the indexes
@@ -502,8 +503,10 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         """Add a response's memory cells to the examples that are flocked.
 
         Of each sample those cells are kept that are of the predicted class, if the plasma agreed on
-        it; or, if its class is given, those that are of this class. Wrong memories poison: anyone
-        who can send inputs can plant confident wrong predictions, unless ``y`` is given.
+        it; or, if its class is given, those that are of this class. Samples that were not bred,
+        since their vote was settled, leave nothing to remember: see ``early_stopping``. Wrong
+        memories poison: anyone who can send inputs can plant confident wrong predictions, unless
+        ``y`` is given.
 
         Parameters
         ----------

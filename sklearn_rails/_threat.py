@@ -114,8 +114,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         not below 2 if there are 3 samples or more, so that the false-alarm rate holds: see Notes.
     %(input_shape)s
     %(device)s
-    dtype : {"float32", "float64"}, default="float32"
-        Precision of the network and the features.
+    %(dtype)s
     %(batch_size)s
 
     random_state : int, RandomState or None, default=None

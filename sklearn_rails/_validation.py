@@ -22,7 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 
 Samples = NDArray[Any] | torch.Tensor
 
-DTYPE_OF: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float64": np.float64}
+DTYPE_OF: dict[str, type[np.floating[Any]]] = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "bfloat16": np.float32,
+    "auto": np.float32,
+}
 
 # Kept as they are for a network that may take them: token ids must not pass through float32.
 INTEGER_DTYPES = [np.dtype(code) for code in "bhilqBHILQ"]

@@ -46,6 +46,7 @@ def breed(device, **changes):
         ),
         stream=RandomStream(0, 0, SHAPE, Mutation(0.2, 0.05, 0.15), 1.0),
         tau=0.5,
+        settling_lead=2.0,
         schedule=Schedule(population_size=40, generations=3, n_plasma=2, n_memory=10, **settings),
         domain=Domain(1.0, np.zeros(64), np.ones(64)).on(cells),
         n_classes=10,

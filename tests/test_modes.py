@@ -80,6 +80,19 @@ def test_early_stopping_changes_almost_no_label(task):
     assert np.mean(rails.predict(new) == expected) >= 0.995
 
 
+@pytest.mark.parametrize("batch_size", [16, "auto"])
+@pytest.mark.parametrize("start_layer", [None, "norm1"])
+def test_bfloat16_changes_few_labels(task, batch_size, start_layer):
+    network, X, y, new, _ = task
+    settings = {**PLAIN, "layers": "conv2", "batch_size": batch_size, "start_layer": start_layer}
+    expected = RAILSClassifier(network, **settings).fit(X, y).predict(new)
+    half = RAILSClassifier(network, **settings, dtype="bfloat16").fit(X, y)
+    features = half.feature_map_(X[:50], half.layers_)["conv2"]
+    assert features.dtype == torch.float32
+    assert half.dtype_ == "bfloat16"
+    assert np.mean(half.predict(new) == expected) >= 0.97
+
+
 def is_mapped(tensor, folder):
     """Tell whether a tensor's memory is a file's in a folder."""
     for line in Path("/proc/self/maps").read_text().splitlines():

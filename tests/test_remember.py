@@ -14,7 +14,8 @@ from sklearn_rails import RAILSClassifier, ThreatScorer
 from sklearn_rails.immune import Arbitration
 from sklearn_rails.immune.response import ImmuneResponse
 
-CHEAP = {"population_size": 40, "generations": 2, "random_state": 0}
+# Without early stopping, so that every sample leaves cells to remember.
+CHEAP = {"population_size": 40, "generations": 2, "early_stopping": False, "random_state": 0}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,23 @@ def test_remembered_cells_are_flocked_like_training_samples(split, rails):
         other.engine_, layers=tuple(dataclasses.replace(a, tau=b.tau) for a, b in layers)
     )
     assert_array_equal(other.predict_proba(new), rails.predict_proba(new))
+
+
+def test_samples_whose_vote_is_settled_leave_nothing_to_remember(split):
+    X, y, new, _ = split
+    rails = RAILSClassifier(**CHEAP | {"early_stopping": True}).fit(X, y)
+    own = rails.respond(X[:10])  # their own nearest neighbours
+    assert (own.n_generations["input"] == -1).all()
+    assert own.n_forward == 0
+    assert_array_equal(own.plasma["input"][:, 0], X[:10])
+    assert len(rails.remember(own, confidence=0).memory_["input"]) == 0
+    response = rails.respond(new)
+    bred = response.n_generations["input"] >= 0
+    assert 0 < bred.sum() < len(new)
+    rails.remember(response, confidence=0)
+    kept = {cell.tobytes() for cell in rails.memory_["input"].cells}
+    assert kept <= {cell.tobytes() for cell in np.concatenate(response.memory["input"][bred])}
+    assert len(kept) > 0
 
 
 def test_responses_start_from_remembered_cells_too(split, rails):

@@ -155,7 +155,12 @@ def walk():
     network = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     X = np.random.default_rng(0).random((60, 8)).astype(np.float32)
     rails = RAILSClassifier(
-        network, layers="1", generations=1, population_size=20, random_state=0
+        network,
+        layers="1",
+        generations=1,
+        population_size=20,
+        early_stopping=False,
+        random_state=0,
     ).fit(X, np.arange(60) % 3)
     rails.predict(X[:1])
     walk = Walk()
@@ -175,6 +180,7 @@ def test_a_sample_goes_down_through_at_most_eight_hops(walk):
         "ImmuneEngine.scores",
         "ImmuneEngine._vote",
         "ResponseLayer.respond",
+        "ResponseLayer._breed",
         "mature",
         "FeatureMap.affinities",
     ]

@@ -67,13 +67,13 @@ def test_triage_is_consistent_across_methods(task, fitted):
 def test_triage_breeds_only_flagged_samples(task, fitted, monkeypatch):
     *_, rows = task
     n_rows = []
-    mature = layer.mature
+    clone_neighbors = layer.clone_neighbors
 
-    def counting(cells, *args, **kwargs):
-        n_rows.append(len(cells))
-        return mature(cells, *args, **kwargs)
+    def counting(index, *args):
+        n_rows.append(len(index))
+        return clone_neighbors(index, *args)
 
-    monkeypatch.setattr(layer, "mature", counting)
+    monkeypatch.setattr(layer, "clone_neighbors", counting)
     fitted[0].predict(rows)
     n_alarms = (fitted[0].threat_scorer_.predict(rows) == -1).sum()
     assert sum(n_rows) == len(fitted[0].layers_) * n_alarms

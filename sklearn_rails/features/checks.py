@@ -14,8 +14,9 @@ from .truncation import INPUT, NetworkTraits, TruncatedNetwork
 from .volatile import changed_keys, state_of
 
 # Features of one sample in two batches may differ by this share of the largest feature before they
-# count as different: rounding, also of networks that compute in half precision inside.
-BATCH_TOLERANCE = 1e-4
+# count as different: rounding, also of networks that compute in half precision inside; and with
+# dtype="bfloat16", whose numbers have 8 bits.
+BATCH_TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05
 
 # Number of features by which outputs of two layers are found to be the same.
 COMPARED_FEATURES = 4096
@@ -165,6 +166,11 @@ def _abridge(output: torch.Tensor) -> torch.Tensor:
     return torch.cat([flat[:, ::step], flat.new_full((len(flat), 1), flat.shape[1])], dim=1).clone()
 
 
+def batch_tolerance(network: TruncatedNetwork) -> float:
+    """Return the share of the largest feature by which rounding may change features."""
+    return HALF_TOLERANCE if network.half else BATCH_TOLERANCE
+
+
 def _check_counts(network: TruncatedNetwork, x: torch.Tensor, layers: Sequence[str]) -> None:
     """Check that each layer runs once, and returns one tensor."""
     counts = {name: 0 for name in layers if name in network.layers}
@@ -202,7 +208,7 @@ def _check_batch_independence(
         if not torch.isfinite(expected).all():
             continue
         largest = torch.maximum(expected.abs().max(), found.abs().max())
-        if (expected - found).abs().max() > BATCH_TOLERANCE * largest:
+        if (expected - found).abs().max() > batch_tolerance(network) * largest:
             raise LayerError(
                 f"layers={name!r}: the network gives the same input other features in another "
                 "batch, so predictions would depend on the batch. Usual reasons are batch "

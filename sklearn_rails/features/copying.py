@@ -114,6 +114,24 @@ def private_copy(
     return twin
 
 
+def halve_weights(module: nn.Module) -> None:
+    """Store the weights of convolutions and linear layers in bfloat16.
+
+    Autocast would otherwise convert them in every pass. All other weights stay as they are, since
+    autocast leaves what they are used for in their own precision.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A private copy.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+            weight = layer._parameters.get("weight")
+            if weight is not None:
+                weight.data = weight.data.to(torch.bfloat16)
+
+
 def reachable(module: nn.Module) -> Iterator[Any]:
     """Iterate over the objects that a network's attributes hold, at any depth.
 

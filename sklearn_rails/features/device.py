@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# The type of samples, cells and features for each value of the ``dtype`` parameter. With
+# "bfloat16" the network computes in half precision; "auto" chooses between that and float32.
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.float32,
+    "auto": torch.float32,
+}
 
 # Types of device for which torch has an autocast.
 AUTOCAST_DEVICES = ("cpu", "cuda")

@@ -11,7 +11,7 @@ from torch import nn
 
 from .checks import check_layers
 from .contents import checksum
-from .device import isolated_pass, keep_freed_memory
+from .device import DTYPES, isolated_pass, keep_freed_memory
 from .frozen import freeze
 from .probe import ProbeResult, flat_features
 from .truncation import NetworkTraits, TruncatedNetwork
@@ -30,7 +30,7 @@ class FollowedNetwork:
     ----------
     module : torch.nn.Module or None
     device : torch.device
-    dtype : torch.dtype
+    dtype : {"float32", "float64", "bfloat16"}
     input_shape : tuple of int
     parameter : str
         The parameter that holds the network, for the errors.
@@ -39,6 +39,8 @@ class FollowedNetwork:
     ----------
     module : torch.nn.Module or None
         The user's network.
+    dtype : str
+        In which type the network computes.
     network : TruncatedNetwork
         The copy that runs.
     samples : ndarray of shape (n, *input_shape)
@@ -57,12 +59,12 @@ class FollowedNetwork:
         self,
         module: nn.Module | None,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: str,
         input_shape: tuple[int, ...],
         parameter: str,
     ) -> None:
         self.module = module
-        self._dtype_name = str(dtype).removeprefix("torch.")
+        self.dtype = dtype
         self._input_shape = input_shape
         self._parameter = parameter
         self._traits: NetworkTraits | None = None
@@ -85,11 +87,26 @@ class FollowedNetwork:
         self.network = TruncatedNetwork(
             self.module,
             device=device,
-            dtype=getattr(torch, self._dtype_name),
+            dtype=DTYPES[self.dtype],
+            half=self.dtype == "bfloat16",
             input_shape=self._input_shape,
             parameter=self._parameter,
             traits=self._traits,
         )
+
+    def in_dtype(self, dtype: str) -> "FollowedNetwork":
+        """Return a copy that computes in another type, not yet started.
+
+        Parameters
+        ----------
+        dtype : {"float32", "float64", "bfloat16"}
+
+        Returns
+        -------
+        FollowedNetwork
+        """
+        device = self.network.device
+        return FollowedNetwork(self.module, device, dtype, self._input_shape, self._parameter)
 
     def start(self, probed: ProbeResult, layers: Sequence[str], start_layer: str | None) -> None:
         """Take the network as it is now for that of fit.

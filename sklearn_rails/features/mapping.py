@@ -24,6 +24,7 @@ from .device import (
 from .follow import FollowedNetwork
 from .layouts import Layouts
 from .outputs import LayerError
+from .precision import prefer_half
 from .probe import Probe
 
 Array = NDArray[Any] | torch.Tensor
@@ -95,19 +96,20 @@ class FeatureMap:
         parameter: str = "feature_extractor",
     ) -> None:
         self._parameter = parameter
-        self._device_name, self._dtype_name = str(device), dtype
+        self._device_name, self._chooses_dtype = str(device), dtype == "auto"
         self.input_shape = tuple(int(size) for size in input_shape)
         self.integer_input = self._draws_random = False
         self._value_range: tuple[float, float] | None = None
         self._warned: set[str] = set()
         self._columns: dict[str, torch.Tensor] = {}
         self.device = resolve_device(device)
-        if self.device.type == "mps" and dtype == "float64":
-            raise ValueError("dtype='float64' is not available on device='mps'; use 'float32'.")
+        if self.device.type == "mps" and dtype in ("float64", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r} is not available on device='mps'; use 'float32'.")
         self._batch_size = batch_size if batch_size == "auto" else int(batch_size)
         shape = self.input_shape
         self._layouts = Layouts(self._batch_size, shape, self.device)
-        self._followed = FollowedNetwork(module, self.device, self.dtype, shape, parameter)
+        known = "float32" if dtype == "auto" else dtype
+        self._followed = FollowedNetwork(module, self.device, known, shape, parameter)
         self.layers = self._followed.network.resolve_layers(layers, "layers")
         self.start_layer = start_layer
         if start_layer is not None:
@@ -122,7 +124,12 @@ class FeatureMap:
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of features and cells."""
-        return DTYPES[self._dtype_name]
+        return DTYPES[self.network_dtype]
+
+    @property
+    def network_dtype(self) -> str:
+        """In which type the network computes; known after :meth:`probe` for ``dtype="auto"``."""
+        return self._followed.dtype
 
     @property
     def has_network(self) -> bool:
@@ -198,7 +205,11 @@ class FeatureMap:
         layers = self.layers
         if with_output and self.has_network and self.output not in layers:
             layers = (*layers, self.output)
-        found = Probe(self._followed.network, layers, self.start_layer, self._batch_size).run(X)
+        probe = Probe(self._followed.network, layers, self.start_layer, self._batch_size)
+        found = probe.run(X)
+        if self._chooses_dtype:
+            self._followed, found = prefer_half(self._followed, probe, found, X)
+            self._chooses_dtype = False
         self._followed.start(found, self.layers, self.start_layer)
         self.integer_input, self._draws_random = found.integer_input, found.draws_random
         self._layouts = Layouts(
@@ -275,10 +286,10 @@ class FeatureMap:
 
     def cast(self, X: Samples) -> Samples:
         """Convert validated samples to the type in which the estimator keeps them."""
-        name = "int64" if self.integer_input else self._dtype_name
+        dtype = torch.int64 if self.integer_input else self.dtype
         if isinstance(X, torch.Tensor):
-            return X.to(getattr(torch, name))
-        return X.astype(name, copy=False)
+            return X.to(dtype)
+        return X.astype(str(dtype).removeprefix("torch."), copy=False)
 
     def learn_range(self, X: Array) -> None:
         """Store the range of the training samples, for :meth:`check_range`."""

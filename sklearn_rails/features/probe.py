@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from .batching import explain_out_of_memory
-from .checks import BATCH_TOLERANCE, check_layers
+from .checks import batch_tolerance, check_layers
 from .device import (
     is_out_of_memory,
     isolated_pass,
@@ -77,9 +77,13 @@ class Probe:
         batch_size: int | Literal["auto"],
     ) -> None:
         self._network = network
-        self._layers = tuple(layers)
-        self._start_layer = start_layer
+        self.layers = tuple(layers)
+        self.start_layer = start_layer
         self._batch_size = batch_size
+
+    def of(self, network: TruncatedNetwork) -> "Probe":
+        """Return the same probe of another view of the network."""
+        return Probe(network, self.layers, self.start_layer, self._batch_size)
 
     def run(self, X: NDArray[Any] | torch.Tensor) -> ProbeResult:
         """Find out what the network takes, and raise an error for layers that cannot be used.
@@ -174,7 +178,7 @@ class Probe:
         )
 
     def _check(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return check_layers(self._network, x, self._layers, self._start_layer)
+        return check_layers(self._network, x, self.layers, self.start_layer)
 
     def _try_alone(self, x: torch.Tensor, outputs: dict[str, torch.Tensor]) -> tuple[bool, float]:
         """Check whether one sample alone has the features that it has beside another, and time it.
@@ -188,14 +192,14 @@ class Probe:
         for _ in range(2):  # the first pass of a shape may take several times as long
             start = time.perf_counter()
             try:
-                alone = self._network(x[:1], self._layers)
+                alone = self._network(x[:1], self.layers)
             except Exception:  # a squeeze() drops the axis of the samples
                 return False, 0.0
             seconds.append(time.perf_counter() - start)
         is_same = all(
             bool(
                 (values[0] - outputs[name][0]).abs().max()
-                <= BATCH_TOLERANCE * outputs[name][0].abs().max()
+                <= batch_tolerance(self._network) * outputs[name][0].abs().max()
             )
             or not outputs[name][0].isfinite().all()
             for name, values in alone.items()
@@ -218,7 +222,8 @@ class Probe:
         elif len(errors) == 1 and "indices" in said:
             hints = ["If the network takes token ids, pass X as an array of integers."]
         elif "dtype" in said or "type" in said:
-            name = str(self._network.dtype).removeprefix("torch.")
+            dtype = torch.bfloat16 if self._network.half else self._network.dtype
+            name = str(dtype).removeprefix("torch.")
             hints = [
                 f"It runs with weights and inputs in dtype={name!r}; a network that casts to "
                 "another type inside needs dtype='float64', or a forward that follows the type of "

@@ -3,6 +3,7 @@
 import difflib
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from .contents import StateKey
-from .copying import private_copy, reachable
+from .copying import halve_weights, private_copy, reachable
 from .hooks import HookKey, remove_hook
 from .outputs import LayerError, find_tensor, replace_tensor
 from .volatile import VolatileState, state_of
@@ -65,6 +66,9 @@ class TruncatedNetwork:
         Floating-point type of its parameters, inputs and features.
     input_shape : tuple of int
         Shape of one input, without the leading axis.
+    half : bool, default=False
+        Whether it computes in bfloat16 where torch's autocast does; inputs and features have
+        ``dtype``.
     parameter : str, default="feature_extractor"
         The parameter that holds the network, for the errors.
     traits : NetworkTraits, default=None
@@ -105,11 +109,13 @@ class TruncatedNetwork:
         device: torch.device,
         dtype: torch.dtype,
         input_shape: Sequence[int],
+        half: bool = False,
         parameter: str = "feature_extractor",
         traits: NetworkTraits | None = None,
     ) -> None:
         self.device = device
         self.dtype = dtype
+        self.half = half
         self.input_shape = tuple(input_shape)
         self.parameter = parameter
         self.traits = traits or NetworkTraits()
@@ -120,6 +126,8 @@ class TruncatedNetwork:
         self.module = None
         if module is not None:
             self.module = private_copy(module, device, dtype, parameter)
+            if half:
+                halve_weights(self.module)
             for name, key in self.traits.watchers:
                 remove_hook(self.module.get_submodule(name), key)
             self._register_hooks(self.module)
@@ -322,7 +330,8 @@ class TruncatedNetwork:
         previous = getattr(self._recording, "record", None)
         self._recording.record = record
         try:
-            return self.module(x)
+            with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
+                return self.module(x)
         finally:
             self._recording.record = previous
 

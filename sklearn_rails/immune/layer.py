@@ -20,7 +20,7 @@ from .consensus import class_affinity, count_votes, rank_by_affinity, tie_break
 from .domain import Domain
 from .maturation import Population, Schedule, mature
 from .memory import MemoryBank
-from .operators import check_alive, clone_neighbors
+from .operators import check_alive, clone_neighbors, leading_class
 from .random import RandomStream
 
 
@@ -116,6 +116,8 @@ class ResponseLayer:
         Number of classes.
     tau : float
         Temperature of selection, in units of the affinity.
+    settling_lead : float
+        With early stopping, the lead by which one class settles the vote, in units of the affinity.
     schedule : Schedule
         How populations mature.
     domain : Domain
@@ -151,6 +153,7 @@ class ResponseLayer:
     n_neighbors: int
     n_classes: int
     tau: float
+    settling_lead: float
     schedule: Schedule
     domain: Domain
     stream: RandomStream
@@ -234,30 +237,56 @@ class ResponseLayer:
         ValueError
             If no cell of a population has a finite affinity.
         """
-        size = self.schedule.population_size
-        parents, labels = clone_neighbors(flock.index, size)
+        population = self._breed(flock, keep_cells=keep_cells, progress=progress)
+        check_alive(population.affinity, self.name)
+        ranking = rank_by_affinity(population.affinity, self.schedule.population_size)
+        plasma = population.labels.gather(1, ranking[:, : self.schedule.n_plasma])
+        best = class_affinity(population.affinity, population.labels, flock.affinity)
+        votes = count_votes(plasma, self.n_classes)
+        return LayerResponse(votes, tie_break(best, self.tau), population, ranking)
+
+    def _breed(self, flock: Flock, *, keep_cells: bool, progress: Progress | None) -> Population:
+        """Breed the samples whose vote the flock does not settle; the others keep their clones."""
+        schedule = self.schedule
+        parents, labels, affinity = clone_neighbors(
+            flock.index, flock.affinity, schedule.population_size
+        )
+        antigens, settled = flock.antigens, None
+        if schedule.early_stopping:
+            leader, lead = leading_class(affinity, labels, schedule.n_plasma)
+            done = (leader >= 0) & (lead > self.settling_lead)
+            if bool(done.any()):
+                settled = Population.of_clones(
+                    self.take_cells(parents) if keep_cells else None,
+                    labels,
+                    affinity,
+                    generations=schedule.generations,
+                    n_classes=self.n_classes,
+                )
+                rows = (~done).nonzero()[:, 0]
+                if progress is not None:
+                    progress.add_populations(len(parents) - len(rows))
+                if len(rows) == 0:
+                    return settled
+                parents, labels, antigens = parents[rows], labels[rows], antigens[rows]
         no_memory = self.remembered is None
         population = mature(
             self.bank.cells[parents] if no_memory else self.take_cells(parents),
             labels,
-            flock.antigens,
+            antigens,
             affinities=functools.partial(
                 self.features.affinities, layer=self.name, affinity=self.affinity
             ),
             stream=self.stream,
             tau=self.tau,
-            schedule=self.schedule,
+            settling_lead=self.settling_lead,
+            schedule=schedule,
             domain=self.domain,
             n_classes=self.n_classes,
             keep_cells=keep_cells,
             progress=progress,
         )
-        check_alive(population.affinity, self.name)
-        ranking = rank_by_affinity(population.affinity, size)
-        plasma = population.labels.gather(1, ranking[:, : self.schedule.n_plasma])
-        best = class_affinity(population.affinity, population.labels, flock.affinity)
-        votes = count_votes(plasma, self.n_classes)
-        return LayerResponse(votes, tie_break(best, self.tau), population, ranking)
+        return population if settled is None else settled.with_rows(rows, population)
 
     def with_memory(self, memory: MemoryBank) -> ResponseLayer:
         """Return the layer with other remembered cells.

@@ -1,20 +1,22 @@
 """Affinity maturation: populations are bred toward their antigens (Algorithm 1 of the paper)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from .._blocks import Progress
 from .domain import Domain
 from .operators import (
+    class_shares,
     cross_over,
     find_stand_ins,
+    leading_class,
     mean_affinity,
     mutate_,
     replace_non_finite,
     select_parents,
-    unanimous_class,
 )
 from .random import RandomStream
 
@@ -37,6 +39,7 @@ class Schedule:
     n_plasma, n_memory : int
         Number of cells of highest affinity that vote, and that may be remembered.
     early_stopping : bool
+        Whether a sample is bred no further once its vote is settled.
     """
 
     population_size: int
@@ -58,10 +61,11 @@ class Population:
     labels : torch.Tensor of shape (n, n_cells), int64
     affinity : torch.Tensor of shape (n, n_cells)
     affinity_curve : torch.Tensor of shape (n, generations + 1)
-        Mean affinity; NaN after breeding has stopped.
+        Mean affinity; NaN after breeding has stopped. Of clones the first value alone.
     class_curve : torch.Tensor of shape (n, generations + 1, n_classes)
-        Each class's share of the population; NaN after breeding has stopped.
+        Each class's share of the population; NaN likewise.
     n_generations : torch.Tensor of shape (n,), int64
+        The last generation that was bred; -1 for clones that were not mutated.
     """
 
     cells: torch.Tensor | None
@@ -70,6 +74,59 @@ class Population:
     affinity_curve: torch.Tensor
     class_curve: torch.Tensor
     n_generations: torch.Tensor
+
+    @classmethod
+    def of_clones(
+        cls,
+        cells: torch.Tensor | None,
+        labels: torch.Tensor,
+        affinity: torch.Tensor,
+        *,
+        generations: int,
+        n_classes: int,
+    ) -> "Population":
+        """Return populations before the first generation, of clones that are not mutated.
+
+        Parameters
+        ----------
+        cells : torch.Tensor of shape (n, n_cells, n_features), or None if not kept
+        labels : torch.Tensor of shape (n, n_cells), int64
+        affinity : torch.Tensor of shape (n, n_cells)
+        generations : int
+            Maximum number of generations, for the length of the curves.
+        n_classes : int
+
+        Returns
+        -------
+        Population
+        """
+        n, n_points = len(labels), generations + 1
+        affinity_curve = affinity.new_full((n, n_points), torch.nan)
+        class_curve = affinity.new_full((n, n_points, n_classes), torch.nan)
+        affinity_curve[:, 0] = mean_affinity(affinity)
+        class_curve[:, 0] = class_shares(labels, n_classes, affinity.dtype)
+        n_generations = labels.new_full((n,), -1)
+        return cls(cells, labels, affinity, affinity_curve, class_curve, n_generations)
+
+    def with_rows(self, rows: torch.Tensor, other: "Population") -> "Population":
+        """Return the populations with those of some samples replaced.
+
+        Parameters
+        ----------
+        rows : torch.Tensor of shape (m,), int64
+        other : Population
+            Of m samples.
+
+        Returns
+        -------
+        Population
+        """
+        changed: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            old = getattr(self, name)
+            if old is not None:
+                changed[name] = old.index_copy(0, rows, getattr(other, name))
+        return replace(self, **changed)
 
 
 def mature(
@@ -80,6 +137,7 @@ def mature(
     affinities: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     stream: RandomStream,
     tau: float,
+    settling_lead: float,
     schedule: Schedule,
     domain: Domain,
     n_classes: int,
@@ -103,6 +161,10 @@ def mature(
         ``stream.draw(generation, cells)``: the uniform numbers ``"first"``, ``"second"`` and
         ``"cross"``, and the mutation's ``"steps"``.
     tau : float
+    settling_lead : float
+        With early stopping, a sample is bred no further once its plasma is unanimous and the best
+        cell leads those of all other classes by more than this, or once its plasma is unanimous
+        for the same class in two generations running.
     schedule : Schedule
     domain : Domain
     n_classes : int
@@ -160,17 +222,17 @@ def mature(
             bred = mutate_(bred, uniforms["steps"], domain)
             measured.append(affinities(bred, antigens.index_select(0, rows[part])))
         affinity = replace_non_finite(torch.cat(measured))
-        count = torch.zeros_like(labels[:, :1]).expand(-1, n_classes).clone()
-        count.scatter_add_(1, labels, torch.ones_like(labels))
-        class_curve[:, generation].index_copy_(0, rows, count.to(affinity) / n_cells)
+        shares = class_shares(labels, n_classes, affinity.dtype)
+        class_curve[:, generation].index_copy_(0, rows, shares)
         affinity_curve[:, generation].index_copy_(0, rows, mean_affinity(affinity))
 
         leaving, staying = torch.arange(len(rows), device=rows.device), None
         if generation < schedule.generations:
             if not schedule.early_stopping:
                 continue
-            previous, leader = leader, unanimous_class(affinity, labels, schedule.n_plasma)
-            done = (leader >= 0) & (leader == previous)
+            previous = leader
+            leader, lead = leading_class(affinity, labels, schedule.n_plasma)
+            done = (leader >= 0) & ((leader == previous) | (lead > settling_lead))
             # The only place where the host waits for the device, once between two generations.
             done = done.cpu()
             if not done.any():

@@ -123,7 +123,8 @@ def select_memories(
     """Add the memory cells of a response to what is remembered.
 
     Of each sample those cells are kept that are of the class that was predicted, if the plasma
-    agreed on it; or, if its class is given, those that are of this class.
+    agreed on it; or, if its class is given, those that are of this class. Samples that were not
+    bred leave nothing to remember.
 
     Parameters
     ----------
@@ -172,6 +173,8 @@ def select_memories(
         # The best cells count as the newest of a sample.
         cells = response.memory[layer][:, ::-1]
         labels = np.searchsorted(classes, response.memory_labels[layer][:, ::-1])
-        chosen = (labels == places[:, None]) & kept[:, None]
+        # What was not bred is a copy of training samples.
+        bred = kept & (response.n_generations[layer] >= 0)
+        chosen = (labels == places[:, None]) & bred[:, None]
         updated[layer] = bank.with_cells(cells[chosen], labels[chosen])
     return updated

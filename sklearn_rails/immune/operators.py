@@ -33,13 +33,17 @@ def class_quota(n_cells: int, n_classes: int) -> list[int]:
     return [share + (c < left_over) for c in range(n_classes)]
 
 
-def clone_neighbors(index: torch.Tensor, n_cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+def clone_neighbors(
+    index: torch.Tensor, affinity: torch.Tensor, n_cells: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Spread a population over the flocked neighbours, class after class.
 
     Parameters
     ----------
     index : torch.Tensor of shape (n, n_classes, n_neighbors), int64
         Neighbours of each sample, -1 where a class has no more; the -1 come last.
+    affinity : torch.Tensor of shape (n, n_classes, n_neighbors)
+        Their affinities.
     n_cells : int
 
     Returns
@@ -47,8 +51,10 @@ def clone_neighbors(index: torch.Tensor, n_cells: int) -> tuple[torch.Tensor, to
     parents : torch.Tensor of shape (n, n_cells), int64
         The example that each cell is a clone of. Classes without neighbours have no cells. A
         class's nearest neighbours get its remainder.
-    labels : torch.Tensor of shape (n_cells,) or (n, n_cells), int64
-        Of the latter shape where samples have neighbours in different classes.
+    labels : torch.Tensor of shape (n, n_cells), int64
+        Their classes, in ascending order.
+    affinity : torch.Tensor of shape (n, n_cells)
+        Their affinities.
 
     Raises
     ------
@@ -57,30 +63,31 @@ def clone_neighbors(index: torch.Tensor, n_cells: int) -> tuple[torch.Tensor, to
     """
     n_found = (index >= 0).sum(dim=2)
     if bool((n_found == n_found[0]).all()):
-        return _clone_alike(index, n_found[0], n_cells)
+        labels, ranks = _share_cells(n_found[0], n_cells)
+        return index[:, labels, ranks], labels.expand(len(index), -1), affinity[:, labels, ranks]
     # Only an approximate index finds more for one sample than for another.
-    clones = [_clone_alike(index[[i]], n_found[i], n_cells) for i in range(len(index))]
-    parents, labels = zip(*clones, strict=True)
-    return torch.cat(parents), torch.stack(labels)
+    labels, ranks = (
+        torch.stack(parts)
+        for parts in zip(*(_share_cells(found, n_cells) for found in n_found), strict=True)
+    )
+    places = labels * index.shape[2] + ranks
+    return index.flatten(1).gather(1, places), labels, affinity.flatten(1).gather(1, places)
 
 
-def _clone_alike(
-    index: torch.Tensor, n_found: torch.Tensor, n_cells: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clone the neighbours of samples of which each class has the same number."""
+def _share_cells(n_found: torch.Tensor, n_cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share cells among the neighbours that were found in each class: labels, and ranks there."""
     present = n_found.nonzero()[:, 0]
     if len(present) == 0:
         raise ValueError(
             "No neighbours were found for a sample: algorithm must find at least one in some class."
         )
-    quota = torch.tensor(class_quota(n_cells, len(present)), device=index.device)
-    rank = torch.arange(n_cells, device=index.device)
+    quota = torch.tensor(class_quota(n_cells, len(present)), device=n_found.device)
+    rank = torch.arange(n_cells, device=n_found.device)
     position = torch.repeat_interleave(
-        torch.arange(len(present), device=index.device), quota, output_size=n_cells
+        torch.arange(len(present), device=n_found.device), quota, output_size=n_cells
     )
     labels = present[position]
-    rank = (rank - (torch.cumsum(quota, dim=0) - quota)[position]) % n_found[labels]
-    return index[:, labels, rank].reshape(len(index), n_cells), labels
+    return labels, (rank - (torch.cumsum(quota, dim=0) - quota)[position]) % n_found[labels]
 
 
 def mutate_(cells: torch.Tensor, steps: torch.Tensor, domain: Domain) -> torch.Tensor:
@@ -270,6 +277,24 @@ def mean_affinity(affinity: torch.Tensor) -> torch.Tensor:
     return shares.sum(dim=1).clamp(-largest, largest).to(affinity)
 
 
+def class_shares(labels: torch.Tensor, n_classes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Compute each class's share of a population.
+
+    Parameters
+    ----------
+    labels : torch.Tensor of shape (n, n_cells), int64
+    n_classes : int
+    dtype : torch.dtype
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes)
+    """
+    count = torch.zeros_like(labels[:, :1]).expand(-1, n_classes).clone()
+    count.scatter_add_(1, labels, torch.ones_like(labels))
+    return count.to(dtype) / labels.shape[1]
+
+
 def find_stand_ins(affinity: torch.Tensor) -> torch.Tensor:
     """Find a cell for each place: itself, or the best one if it has no affinity.
 
@@ -287,8 +312,10 @@ def find_stand_ins(affinity: torch.Tensor) -> torch.Tensor:
     return torch.where(affinity == -torch.inf, best, own)
 
 
-def unanimous_class(affinity: torch.Tensor, labels: torch.Tensor, n_plasma: int) -> torch.Tensor:
-    """Find the class that all of a population's plasma is of.
+def leading_class(
+    affinity: torch.Tensor, labels: torch.Tensor, n_plasma: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the class that all of a population's plasma is of, and how far it leads.
 
     Parameters
     ----------
@@ -299,13 +326,18 @@ def unanimous_class(affinity: torch.Tensor, labels: torch.Tensor, n_plasma: int)
 
     Returns
     -------
-    torch.Tensor of shape (n,), int64
+    leader : torch.Tensor of shape (n,), int64
         The class, or -1 where the plasma is divided or no cell has an affinity.
+    lead : torch.Tensor of shape (n,)
+        Highest affinity of the population minus that of the leader's rivals, infinite where there
+        are none; meaningless without a leader.
     """
     ranking = affinity.sort(dim=1, descending=True, stable=True)
     plasma, silent = labels.gather(1, ranking.indices[:, :n_plasma]), ranking.values == -torch.inf
     agree = ((plasma == plasma[:, :1]) | silent[:, :n_plasma]).all(dim=1)
-    return torch.where(agree, plasma[:, 0], -1).masked_fill_(silent[:, 0], -1)
+    leader = torch.where(agree, plasma[:, 0], -1).masked_fill_(silent[:, 0], -1)
+    rivals = affinity.masked_fill(labels == leader[:, None], -torch.inf)
+    return leader, ranking.values[:, 0] - rivals.amax(dim=1)
 
 
 def check_alive(affinity: torch.Tensor, layer: str) -> None:

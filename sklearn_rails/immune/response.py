@@ -20,18 +20,20 @@ class ImmuneResponse:
         The predicted classes.
     plasma, memory : dict of str to ndarray of shape (n, n_plasma or n_memory, *cell_shape)
         The fittest cells, the best first, in the space that populations live in (the input, or
-        the output of ``start_layer``).
+        the output of ``start_layer``). Of a sample that was not bred, the nearest training samples.
     plasma_labels, memory_labels : dict of str to ndarray of shape (n, n_plasma or n_memory)
         Their classes.
     plasma_affinity, memory_affinity : dict of str to ndarray of shape (n, n_plasma or n_memory)
         Their affinities.
     affinity_curve : dict of str to ndarray of shape (n, generations + 1)
         Mean affinity of the population in each generation, 0 being the expansion; NaN after
-        breeding has stopped early.
+        breeding has stopped early. Of a sample that was not bred, the first value is that of the
+        nearest training samples.
     class_curve : dict of str to ndarray of shape (n, generations + 1, n_classes)
-        Each class's share of the population; NaN after breeding has stopped early.
+        Each class's share of the population; NaN likewise.
     n_generations : dict of str to ndarray of shape (n,)
-        The last generation that was bred.
+        The last generation that was bred: 0 is the expansion, -1 says that the flock has settled
+        the vote and nothing was bred.
     n_forward : int
         Number of cells that were passed through the network, over all samples, layers and
         generations.

@@ -241,7 +241,7 @@ class ImmuneResponseDisplay:
             ax.set_xlabel(str(caption), fontsize="small", labelpad=2)
 
         self.lines_ = []
-        n_points = 1 + self.response.n_generations[self.layer].max()
+        n_points = 1 + max(0, self.response.n_generations[self.layer].max())
         for row, row_axes in enumerate(axes):
             *image_axes, curve_ax = row_axes
             for ax in image_axes:

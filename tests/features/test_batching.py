@@ -146,8 +146,8 @@ def test_what_does_not_fit_at_all_is_explained(digits):
 
 def test_blocks_of_rows_are_halved_until_they_fit(digits, monkeypatch):
     X, y = digits
-    rails = RAILSClassifier(population_size=30, random_state=0).fit(X[:200], y[:200])
-    expected = rails.predict_proba(X[200:230])
+    rails = RAILSClassifier(population_size=30, early_stopping=False, random_state=0)
+    expected = rails.fit(X[:200], y[:200]).predict_proba(X[200:230])
     plain, sizes = layer.mature, []
 
     def hungry(cells, *args, **kwargs):

@@ -10,7 +10,7 @@ from sklearn_rails.immune.consensus import (
     tie_break,
     top_count,
 )
-from sklearn_rails.immune.operators import replace_non_finite, unanimous_class
+from sklearn_rails.immune.operators import leading_class, replace_non_finite
 
 
 def test_top_count_is_at_least_one():
@@ -26,10 +26,12 @@ def test_ranking_breaks_ties_by_position():
     assert rank_by_affinity(affinity, 4).tolist() == [[1, 3, 0, 2]]
 
 
-def test_unanimous_class_of_the_plasma():
-    affinity = torch.tensor([[-1.0, -2.0, -3.0]] * 2)
-    labels = torch.tensor([[1, 1, 2], [0, 2, 2]])
-    assert unanimous_class(affinity, labels, 2).tolist() == [1, -1]
+def test_the_leader_is_the_class_of_all_plasma_and_its_lead_that_over_all_others():
+    affinity = torch.tensor([[-1.0, -2.0, -3.5]] * 3)
+    labels = torch.tensor([[1, 1, 2], [0, 2, 2], [1, 1, 1]])
+    leader, lead = leading_class(affinity, labels, 2)
+    assert leader.tolist() == [1, -1, 1]
+    assert lead[[0, 2]].tolist() == [2.5, torch.inf]
 
 
 def test_votes_are_counted():
@@ -67,7 +69,7 @@ def test_cells_without_an_affinity_come_last_and_do_not_vote():
     affinity = replace_non_finite(affinity)
     labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
     assert rank_by_affinity(affinity, 4)[0].tolist() == [1, 3, 0, 2]
-    assert unanimous_class(affinity, labels, 4).tolist() == [1, -1]
+    assert leading_class(affinity, labels, 4)[0].tolist() == [1, -1]
     flocked = torch.tensor([[[-4.0], [-3.0], [-torch.inf]]] * 2)
     assert class_affinity(affinity, labels, flocked).tolist() == [
         [-4.0, -1.0, -torch.inf],

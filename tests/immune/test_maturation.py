@@ -14,10 +14,10 @@ from sklearn_rails.immune.operators import (
     class_quota,
     clone_neighbors,
     cross_over,
+    leading_class,
     mutate_,
     replace_non_finite,
     select_parents,
-    unanimous_class,
 )
 from sklearn_rails.immune.random import (
     Mutation,
@@ -55,9 +55,10 @@ def test_classes_share_the_cells_evenly(n_classes, more):
 
 def test_cells_are_spread_evenly_over_the_neighbours():
     index = torch.tensor([[[7, 3, 5], [2, -1, -1]], [[1, 0, 4], [6, -1, -1]]])
-    parents, labels = clone_neighbors(index, 9)
-    assert labels.tolist() == [0] * 5 + [1] * 4
+    parents, labels, affinity = clone_neighbors(index, -index / 2, 9)
+    assert labels.tolist() == [[0] * 5 + [1] * 4] * 2
     assert parents.tolist() == [[7, 3, 5, 7, 3, 2, 2, 2, 2], [1, 0, 4, 1, 0, 6, 6, 6, 6]]
+    assert torch.equal(affinity, -parents / 2)
 
 
 @quick
@@ -188,6 +189,7 @@ def breed(seed, n_rows, *, early_stopping, rows=None):
         affinities=lambda c, a: -torch.linalg.vector_norm(c - a[:, None], dim=2),
         stream=RandomStream(7, 0, (24, 5), Mutation(0.2, 0.05, 0.15), 1.0),
         tau=0.05,
+        settling_lead=0.2,
         schedule=schedule,
         domain=Domain(1.0, 0.0, 1.0),
         n_classes=3,
@@ -220,7 +222,7 @@ def test_early_stopping_stops_the_same_course_earlier(seed):
         assert short.affinity_curve[row, last + 1 :].isnan().all()
         assert_allclose(short.class_curve[row, : last + 1].sum(dim=1), 1)
         if last < 5:
-            assert unanimous_class(short.affinity, short.labels, 3)[row] >= 0
+            assert leading_class(short.affinity, short.labels, 3)[0][row] >= 0
     assert (short.labels.diff(dim=1) >= 0).all()
 
 
@@ -284,17 +286,19 @@ def test_populations_beyond_what_float32_counts_are_drawn_from_as_a_whole():
 
 def test_classes_without_neighbours_have_no_cells():
     index = torch.tensor([[[-1, -1], [7, 3], [-1, -1], [5, -1]]] * 2)
-    parents, labels = clone_neighbors(index, 5)
-    assert labels.tolist() == [1, 1, 1, 3, 3]
+    parents, labels, affinity = clone_neighbors(index, -index / 2, 5)
+    assert labels.tolist() == [[1, 1, 1, 3, 3]] * 2
     assert parents.tolist() == [[7, 3, 7, 5, 5]] * 2
+    assert torch.equal(affinity, -parents / 2)
     # An approximate index finds other numbers for other rows.
     index[1, 0, 0] = 9
     index[1, 1, 1] = -1
-    parents, labels = clone_neighbors(index, 5)
+    parents, labels, affinity = clone_neighbors(index, -index / 2, 5)
     assert labels.tolist() == [[1, 1, 1, 3, 3], [0, 0, 1, 1, 3]]
     assert parents.tolist() == [[7, 3, 7, 5, 5], [9, 9, 7, 7, 5]]
+    assert torch.equal(affinity, -parents / 2)
     with pytest.raises(ValueError, match="No neighbours were found"):
-        clone_neighbors(torch.full((1, 3, 2), -1), 5)
+        clone_neighbors(torch.full((1, 3, 2), -1), torch.full((1, 3, 2), -torch.inf), 5)
 
 
 def breed_with(measure, *, early_stopping=True, rows=slice(None)):
@@ -307,6 +311,7 @@ def breed_with(measure, *, early_stopping=True, rows=slice(None)):
         affinities=lambda c, a: measure(c, a[:, 0]),
         stream=RandomStream(7, 0, (24, 5), Mutation(0.2, 0.05, 0.15), 1.0),
         tau=0.05,
+        settling_lead=torch.inf,
         schedule=Schedule(24, 3, "global", "affinity", 12, 12, early_stopping),
         domain=Domain(1.0, 0.0, 1.0),
         n_classes=3,
