@@ -354,8 +354,9 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         Returns
         -------
         RAILSClassifier
-            The estimator itself, as if :meth:`fit` had got all samples so far: indexing them anew
-            costs a forward pass for each.
+            The estimator itself, as if :meth:`fit` had got all samples so far. Those of earlier
+            calls do not pass through the network again, unless it has changed, their features are
+            kept in half precision, or a ``threat_scorer`` is fitted anew.
 
         Raises
         ------
@@ -376,6 +377,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
                 f"y has labels of {labels.dtype}, but those of fit are of {known.dtype}."
             )
         # All samples are indexed anew, by the network as it is now.
+        self._features.follow_network()
+        has_changed = self._features.network_has_changed
         self._features = self._features.rebased()
         rows = validate_rows(self, X)
         check_consistent_length(rows, labels)
@@ -389,7 +392,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         rows = torch.cat([to_device(before), to_device(rows)])
         rows = rows.numpy() if rows.device.type == "cpu" else rows
         labels = np.concatenate([known[self._labels], labels])
-        self._build(rows, labels, (rows.reshape(len(rows), *self._given_shape), labels))
+        given = rows.reshape(len(rows), *self._given_shape), labels
+        self._build(rows, labels, given, extend=not has_changed)
         places = np.searchsorted(self.classes_, known)
         n_classes = len(self.classes_)
         self.engine_ = self.engine_.with_memory(
@@ -625,9 +629,17 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             )
 
     def _build(
-        self, X: NDArray[Any] | torch.Tensor, y: NDArray[Any], given: tuple[Any, Any]
+        self,
+        X: NDArray[Any] | torch.Tensor,
+        y: NDArray[Any],
+        given: tuple[Any, Any],
+        *,
+        extend: bool = False,
     ) -> None:
-        """Build the engine from samples; ``given`` are the same as the user has them."""
+        """Build the engine from samples; ``given`` are the same as the user has them.
+
+        To ``extend`` means that the samples of the last engine, of the same network, come first.
+        """
         n_classes, size = len(self.classes_), self.population_size
         size = max(DEFAULT_POPULATION_SIZE, n_classes) if size == "auto" else int(size)
         for name, value in (("population_size", size), ("memory_capacity", self.memory_capacity)):
@@ -674,6 +686,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             seed=self.seed_,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
+            previous=self._original.engine_ if extend else None,
         )
         self.tau_ = {layer.name: layer.tau for layer in self.engine_.layers}
         sizes = self.engine_.layers[0].neighbors.n_samples_

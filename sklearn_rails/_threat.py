@@ -28,8 +28,6 @@ from ._conformal import (
 )
 from ._documentation import document
 from ._validation import find_user_level
-from .features.layer_choice import LayerScores
-from .features.mapping import FeatureMap
 from .features.outputs import LayerError
 from .sensing import (
     CleanSamples,
@@ -391,8 +389,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
 
     def _prepare(self, X: Any, y: Any, rng: np.random.RandomState) -> tuple[Any, Any]:
         """Check the data and the network, and create the detectors."""
+        score = functools.partial(score_detection, method=self.method, n_neighbors=self.n_neighbors)
         prepare = functools.partial(
-            prepare_fit, self, X, y, network=self.feature_extractor, score=self._score_layers
+            prepare_fit, self, X, y, network=self.feature_extractor, score=score
         )
         if not isinstance(self.method, str) or self.method != "auto":
             self.detectors_ = make_detectors(self.method, rng)
@@ -426,16 +425,6 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             methods = FOR_TOKENS if self.feature_map_.integer_input else WITH_NETWORK
         self.detectors_ = make_detectors(methods, rng)
         return samples, targets
-
-    def _score_layers(self, features: FeatureMap, X: Any, y: NDArray[Any] | None) -> LayerScores:
-        """Score layers by the methods that are used in each of them."""
-        method = self.method
-        if isinstance(method, str) and method == "auto":
-            method = ["mahalanobis"]
-            n_outputs = features.outputs(X[:1]).shape[1]
-            if y is None or len(np.unique(y)) in (n_outputs, n_outputs + (n_outputs == 1)):
-                method.append("disagreement")
-        return score_detection(features, X, y, method=method, n_neighbors=self.n_neighbors)
 
     def _find_classes(
         self, X: NDArray[Any] | torch.Tensor, y: NDArray[Any] | None

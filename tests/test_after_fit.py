@@ -268,7 +268,7 @@ def test_a_refit_does_not_hold_two_indexes_and_a_failed_one_keeps_the_old(task, 
     old = weakref.ref(rails.neighbors_["input"])
     alive = []
 
-    def fail(layers, samples):
+    def fail(layer, tau):
         gc.collect()
         alive.append(old() is not None)
         # Threads that predict meanwhile still have an index.
@@ -276,7 +276,7 @@ def test_a_refit_does_not_hold_two_indexes_and_a_failed_one_keeps_the_old(task, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_scale_tau", fail)
+        patch.setattr(build, "_scale", fail)
         with pytest.raises(KeyboardInterrupt):
             getattr(rails, again)(X, y)
     assert alive == [False]

@@ -199,6 +199,41 @@ def test_partial_fit_in_parts_equals_fit_on_all_samples(split, conv_net, start_l
     assert_array_equal(parts.respond(new).threat, whole.respond(new).threat)
 
 
+class CountsRows(torch.nn.Module):
+    n_rows = 0
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        CountsRows.n_rows += len(x)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("affinity", ["euclidean", "cosine"])
+@pytest.mark.parametrize("start_layer", [None, "inner.conv1"])
+def test_partial_fit_does_not_run_old_samples_again(split, conv_net, affinity, start_layer):
+    X, y, new, _ = split
+    network = CountsRows(conv_net)
+    settings = {"affinity": affinity, "start_layer": start_layer, "layers": "inner.conv2"}
+    rails = RAILSClassifier(network, input_shape=(1, 8, 8), **settings, **CHEAP)
+    whole = clone(rails).fit(X, y)
+    rails.fit(X[:280], y[:280])
+    CountsRows.n_rows = 0
+    rails.partial_fit(X[280:], y[280:])
+    # The 20 new ones in micro-batches of 16, twice with a start layer, and the probes.
+    assert CountsRows.n_rows <= 100
+    assert_array_equal(rails.predict_proba(new), whole.predict_proba(new))
+    with torch.no_grad():
+        conv_net.conv1.weight.mul_(2)
+    CountsRows.n_rows = 0
+    rails.partial_fit(X[:1], y[:1])
+    assert CountsRows.n_rows > 300  # another network, so all features are others
+    again = clone(rails).fit(np.concatenate([X, X[:1]]), np.append(y, y[0]))
+    assert_array_equal(rails.predict_proba(new), again.predict_proba(new))
+
+
 def test_memory_survives_partial_fit(split):
     X, y, new, _ = split
     first = y < 8

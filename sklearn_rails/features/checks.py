@@ -124,25 +124,24 @@ def find_layers(
 
 
 def is_usable(
-    network: TruncatedNetwork, x: torch.Tensor, layer: str, start: str | None = None
+    network: TruncatedNetwork, x: torch.Tensor, layers: Sequence[str], start: str | None = None
 ) -> bool:
-    """Check whether :func:`check_layers` raises no error for a layer.
+    """Check whether :func:`check_layers` raises no error for layers, and they are finite.
 
     Parameters
     ----------
-    network, x, start
+    network, x, layers, start
         As :func:`check_layers` takes them.
-    layer : str
 
     Returns
     -------
     bool
     """
     try:
-        outputs = check_layers(network, x, (layer,), start)
+        outputs = check_layers(network, x, layers, start)
     except LayerError:
         return False
-    return bool(torch.isfinite(outputs[layer]).all())
+    return all(bool(torch.isfinite(outputs[layer]).all()) for layer in layers)
 
 
 def _thin(names: Sequence[str], size: int, output: str) -> tuple[str, ...]:

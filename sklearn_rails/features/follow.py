@@ -108,6 +108,11 @@ class FollowedNetwork:
         device = self.network.device
         return FollowedNetwork(self.module, device, dtype, self._input_shape, self._parameter)
 
+    @property
+    def checksum(self) -> tuple[str, str] | None:
+        """Of the network as it was last copied; None if it may have changed since."""
+        return self._current
+
     def start(self, probed: ProbeResult, layers: Sequence[str], start_layer: str | None) -> None:
         """Take the network as it is now for that of fit.
 

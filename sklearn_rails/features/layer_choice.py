@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -230,6 +232,11 @@ class NotDifferentiableError(Exception):
     """The network's output has no gradient."""
 
 
+# Scores by network and data: the candidates of a search have the same folds. Of the oldest ones no
+# more are kept than this.
+MAX_SCORED = 64
+_SCORED: dict[Any, LayerScores] = {}
+
 # Takes a feature map, samples and their classes, and returns scores, as score_layers does.
 ScoreLayers = Callable[[FeatureMap, Array, Any], "LayerScores"]
 
@@ -262,8 +269,7 @@ def choose_layer(
         reason = "the network takes integers, which cannot be attacked by small steps"
     else:
         try:
-            with torch.inference_mode(False), torch.enable_grad():
-                found = score(features, X, y)
+            found = _score_once(features, X, y, score)
         except NotDifferentiableError:
             reason = "the network's output has no gradient with respect to its input"
         else:
@@ -277,6 +283,28 @@ def choose_layer(
         stacklevel=find_user_level(),
     )
     return middle, None
+
+
+def _score_once(
+    features: FeatureMap, X: Array, y: NDArray[Any] | None, score: ScoreLayers
+) -> LayerScores:
+    """Score layers, or return the scores of an earlier call with the same network and data."""
+    rows = X.cpu() if isinstance(X, torch.Tensor) else X
+    try:
+        key = features.identity, joblib.hash((rows, y, score))
+    except (TypeError, AttributeError, pickle.PicklingError):  # a detector that has no hash
+        key = None, None
+    known = None if None in key else _SCORED.get(key)
+    if known is None:
+        with torch.inference_mode(False), torch.enable_grad():
+            known = score(features, X, y)
+        for values in known.scores.values():
+            values.flags.writeable = False  # other estimators may get the same
+        if None not in key:
+            _SCORED[key] = known
+            while len(_SCORED) > MAX_SCORED:
+                _SCORED.pop(next(iter(_SCORED)), None)
+    return known
 
 
 def score_layers(

@@ -17,7 +17,7 @@ from .truncation import TruncatedNetwork
 
 # Batch sizes that are tried: on a CPU small batches stay in the caches, a GPU needs many images to
 # be busy. Vectors are cheap, so that the overhead of a call weighs more.
-CPU_IMAGES, GPU_IMAGES, VECTORS = (64, 32, 128, 256), (1024, 256, 4096), (1024, 256, 4096)
+CPU_IMAGES, GPU_IMAGES, VECTORS = (64, 32, 16, 128, 256), (1024, 256, 4096), (1024, 256, 4096)
 
 # Another layout than the first is chosen if it takes less than this share of the time, in the best
 # of N_TRIALS trials, each of as many cells as take MEASURED_SECONDS.
@@ -27,13 +27,14 @@ MEASURED_SECONDS = 0.05
 
 # Limit for all trials of a layer together: seconds, or if that is more, a share of the time that
 # the training samples take to run through the network.
-TRIAL_SECONDS, TRIAL_SHARE = 1.0, 0.2
+TRIAL_SECONDS, TRIAL_SHARE = 0.1, 0.5
 
 # Batch sizes beyond this and beyond the number of training samples are not used.
 LARGEST_NEEDED = 4096
 
-# Batch size for samples on a CPU, of images and of vectors. Calls may have a single sample.
-CPU_BATCH = (16, 256)
+# Batch size for samples on a CPU, of images, of vectors, and of images with more values than
+# LARGE_IMAGE. Calls may have a single sample, and batches are filled up.
+CPU_BATCH, LARGE_IMAGE = (16, 256, 4), 3 * 64 * 64
 
 # network -> {key: layout}, so that a search over other parameters measures a network once.
 _MEASURED: MutableMapping[nn.Module, dict[Any, BatchLayout]] = weakref.WeakKeyDictionary()
@@ -86,7 +87,9 @@ class Layouts:
                 size = min(batch_size, max(n_samples, LARGEST_NEEDED))
             self._fixed = BatchLayout(max(size, self.smallest), exact=is_exact)
         # Token ids cost as much as images, other vectors do not.
-        self._is_vector = len(input_shape) == 1 and not (probed and probed.integer_input)
+        is_vector = len(input_shape) == 1 and not (probed and probed.integer_input)
+        is_large = not is_vector and math.prod(input_shape) > LARGE_IMAGE
+        self._cpu_batch = CPU_BATCH[1 if is_vector else 2 if is_large else 0]
         self.run_on(device)
 
     def run_on(self, device: torch.device) -> None:
@@ -96,7 +99,7 @@ class Layouts:
         ----------
         device : torch.device
         """
-        size = CPU_BATCH[self._is_vector] if device.type == "cpu" else GPU_IMAGES[0]
+        size = self._cpu_batch if device.type == "cpu" else GPU_IMAGES[0]
         self.of_samples = self._fixed or BatchLayout(size)
 
     def choose(

@@ -179,6 +179,22 @@ class FeatureMap:
                 f"cast to another type, or edited): {consequence} Call fit again.",
             )
 
+    @property
+    def network_has_changed(self) -> bool:
+        """Whether the network, as last followed, computes something else than in fit."""
+        return self._followed.has_changed
+
+    @property
+    def identity(self) -> tuple[Any, ...] | None:
+        """What determines the outputs, as a key; None if that is not known."""
+        followed = self._followed
+        if followed.module is None or followed.checksum is None:
+            return None
+        # The checksum has the names of classes, which may be defined anew.
+        types = tuple(type(layer) for layer in followed.module.modules())
+        settings = self.network_dtype, str(self.device), self.input_shape, self.start_layer
+        return followed.checksum, types, settings, self.batch_size
+
     def rebased(self) -> "FeatureMap":
         """Return a map of the network as it is now, for an index that is built again."""
         self.follow_network()
@@ -237,7 +253,9 @@ class FeatureMap:
         x = torch.from_numpy(self._followed.samples).to(self.device)
         with torch.no_grad(), self._isolated_pass():
             names = find_layers(network, x, start, max_layers)
-            return tuple(name for name in names if is_usable(network, x, name, start))
+            if is_usable(network, x, names, start):
+                return names
+            return tuple(name for name in names if is_usable(network, x, (name,), start))
 
     def use_layers(self, layers: Sequence[str], X: Array, *, with_output: bool = False) -> None:
         """Use other layers from now on; the arguments are those of the class and :meth:`probe`."""

@@ -50,6 +50,7 @@ def build_engine(
     seed: int,
     n_jobs: int | None,
     verbose: int,
+    previous: ImmuneEngine | None = None,
 ) -> ImmuneEngine:
     """Index training samples, resolve ``tau`` and ``clip``, and calibrate the gate.
 
@@ -71,6 +72,9 @@ def build_engine(
         Seed of the random numbers.
     n_neighbors, tau, clip, affinity, algorithm, memory_capacity, gate, n_jobs, verbose
         As :class:`~sklearn_rails.RAILSClassifier` takes them.
+    previous : ImmuneEngine, default=None
+        An engine of the same network, whose samples are the first of these: they are not run again
+        where it keeps their features in full precision.
 
     Returns
     -------
@@ -85,17 +89,23 @@ def build_engine(
     affinity = resolve_affinity(affinity)
     for name in features.layers:
         features.choose_layout(name, affinity)
-    bank = CellBank(features.embed_cells(X))
+    old = None if previous is None or previous.layers[0].recompute else previous
+    bank = CellBank(_embed_cells(features, X, old))
     domain = find_domain(bank.cells, clip)
     found = {
         name: ClassNeighbors(affinity, algorithm, n_jobs).start(y, n_classes)
         for name in features.layers
     }
     with tqdm(total=len(y), desc="fit", unit="sample", disable=not verbose) as bar:
-        for block in block_slices(len(y), features.row_bytes, features.device):
-            for name, values in features(X[block]).items():
-                found[name].add(block, values)
-            bar.update(block.stop - block.start)
+        n_old = 0 if old is None else len(old.layers[0].bank.cells)
+        for layer in () if old is None else old.layers:
+            found[layer.name].add_index(layer.neighbors)
+        bar.update(n_old)
+        for block in block_slices(len(y) - n_old, features.row_bytes, features.device):
+            rows = slice(n_old + block.start, n_old + block.stop)
+            for name, values in features(X[rows]).items():
+                found[name].add(rows, values)
+            bar.update(rows.stop - rows.start)
     layers = tuple(
         ResponseLayer(
             name,
@@ -120,26 +130,30 @@ def build_engine(
         )
         for number, (name, neighbors) in enumerate(found.items())
     )
-    layers = _scale(layers, X, None if isinstance(tau, str) else float(tau))
+    layers = tuple(_scale(layer, None if isinstance(tau, str) else float(tau)) for layer in layers)
     return ImmuneEngine(features, layers, None if gate is None else gate.calibrate(layers, X, seed))
 
 
-def _scale(
-    layers: tuple[ResponseLayer, ...], X: NDArray[Any] | torch.Tensor, tau: float | None
-) -> tuple[ResponseLayer, ...]:
+def _embed_cells(
+    features: FeatureMap, X: NDArray[Any] | torch.Tensor, old: ImmuneEngine | None
+) -> torch.Tensor:
+    if old is None or features.start_layer is None:
+        return features.embed_cells(X)
+    known = old.layers[0].bank.cells.to(features.device)
+    return torch.cat([known, features.embed_cells(X[len(known) :])])
+
+
+def _scale(layer: ResponseLayer, tau: float | None) -> ResponseLayer:
     """Set what is in units of affinity by training samples that are left out of their neighbours.
 
     The scale is tau itself where there is none.
     """
-    chosen = torch.from_numpy(sample_rows(len(X), SCALE_SAMPLES, rng=0))
-    features = layers[0].features
-    found = features(X[chosen.tolist()])
-    chosen = chosen.to(features.device)
-    scaled = []
-    for layer in layers:
-        scale = scale_of_affinity(
-            layer.neighbors, chosen, found[layer.name], layer.n_neighbors, layer.recompute
-        )
-        own = scale if tau is None else tau
-        scaled.append(replace(layer, tau=own, settling_lead=SETTLING_LEAD * max(own, scale)))
-    return tuple(scaled)
+    n_samples = len(layer.bank.cells)
+    chosen = torch.from_numpy(sample_rows(n_samples, SCALE_SAMPLES, rng=0)).to(
+        layer.features.device
+    )
+    recompute = layer.recompute
+    found = layer.neighbors.take(chosen) if recompute is None else recompute(chosen)
+    scale = scale_of_affinity(layer.neighbors, chosen, found, layer.n_neighbors, recompute)
+    own = scale if tau is None else tau
+    return replace(layer, tau=own, settling_lead=SETTLING_LEAD * max(own, scale))

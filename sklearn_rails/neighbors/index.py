@@ -16,7 +16,7 @@ from .base import ProductAffinity
 from .estimators import EstimatorSearch
 from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch
 from .search import ClassOrder, Recompute, Search, measure_geometry
-from .store import ExactNeighbors, ExampleStore
+from .store import BLOCK_BYTES, ExactNeighbors, ExampleStore
 
 
 class ClassNeighbors:
@@ -152,7 +152,35 @@ class ClassNeighbors:
         OSError
             If the disk of the storage's folder has not enough space.
         """
-        features = self.affinity.prepare(features)
+        self._add_prepared(rows, self.affinity.prepare(features))
+        return self
+
+    def add_index(self, other: ClassNeighbors) -> ClassNeighbors:
+        """Store all examples of another index, as the first of these.
+
+        Parameters
+        ----------
+        other : ClassNeighbors
+            An index by the same affinity that keeps examples in full precision.
+
+        Returns
+        -------
+        ClassNeighbors
+            Itself.
+
+        Raises
+        ------
+        OSError
+            If the disk of the storage's folder has not enough space.
+        """
+        step = max(1, BLOCK_BYTES // other.store.examples[0].nbytes)
+        index = torch.arange(len(other.store.examples), device=other.index.device)
+        for start in range(0, len(index), step):
+            rows = slice(start, min(start + step, len(index)))
+            self._add_prepared(rows, other.take(index[rows]))
+        return self
+
+    def _add_prepared(self, rows: slice, features: Tensor) -> None:
         if self.store.is_empty:
             n_samples = len(self._inverse_order)
             self.store.allocate(n_samples, features)
@@ -160,7 +188,6 @@ class ClassNeighbors:
         places = self._inverse_order[rows].to(features.device)
         self._blank[places] = self.affinity.find_blank(features)
         self.store.add(places, features)
-        return self
 
     def build(self) -> ClassNeighbors:
         """Index the examples that were added.
@@ -295,6 +322,21 @@ class ClassNeighbors:
         view._search = copy.copy(self._search)
         view._search.store = store
         return view
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return examples as they are prepared for comparison.
+
+        Parameters
+        ----------
+        index : torch.Tensor of shape (n,), int64
+            Their positions among those of :meth:`fit`.
+
+        Returns
+        -------
+        torch.Tensor of shape (n, n_features)
+            A copy, in full precision unless :attr:`needs_recompute`.
+        """
+        return self.store.take(self._order.inverse()[index], self.store.shift)
 
     def examples_of(self, c: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the examples of a class, as they are prepared for comparison.

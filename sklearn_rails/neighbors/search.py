@@ -71,7 +71,7 @@ class ClassOrder(DeviceTensors):
         torch.Tensor of shape (n_samples,), int64
         """
         inverse_order = torch.empty_like(self.index)
-        inverse_order[self.index] = torch.arange(len(self.index))
+        inverse_order[self.index] = torch.arange(len(self.index), device=self.index.device)
         return inverse_order
 
     def pooled(self) -> ClassOrder:

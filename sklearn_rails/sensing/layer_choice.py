@@ -45,7 +45,8 @@ def score_detection(
     y : ndarray of shape (n,), or None
         Their classes; None for those that the network predicts.
     method : str, estimator, or list of these
-        As :func:`~sklearn_rails.sensing.make_detectors` takes it.
+        As :func:`~sklearn_rails.sensing.make_detectors` takes it; "auto" for those that score each
+        layer by default.
     n_neighbors : int
 
     Returns
@@ -59,6 +60,11 @@ def score_detection(
     NotDifferentiableError
         If the network's output has no gradient.
     """
+    if isinstance(method, str) and method == "auto":
+        method = ["mahalanobis"]
+        n_outputs = features.outputs(X[:1]).shape[1]
+        if y is None or len(np.unique(y)) in (n_outputs, n_outputs + (n_outputs == 1)):
+            method.append("disagreement")
     y = features.predict(X).cpu().numpy() if y is None else np.unique(y, return_inverse=True)[1]
     rng = np.random.default_rng(0)
     size = min(N_HELD_OUT, len(X) // 2)

@@ -79,7 +79,7 @@ def test_a_slow_network_is_not_measured(digits):
 
     settings = {"device": torch.device("cpu"), "dtype": torch.float32}
     slow = {"max_seconds": 1.0, "seconds_per_sample": 0.05}
-    assert fastest_layout(run, (1, 8, 8), **settings, **slow) == BatchLayout(32)
+    assert fastest_layout(run, (1, 8, 8), **settings, **slow) == BatchLayout(16)
 
     class Slow(torch.nn.Module):
         n_rows = 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -395,6 +396,39 @@ def test_the_cost_does_not_grow_with_the_number_of_samples():
         counts.append(sum(passes))
     # References, queries and attacks; batches of vectors are filled up to 256.
     assert max(counts) < 26_000
+
+
+asked = []
+
+
+def counting(features, X, y):
+    asked.append(len(X))
+    return score_layers(features, X, y)
+
+
+def test_the_choice_is_made_once_for_each_network_and_data(monkeypatch):
+    asked.clear()
+    monkeypatch.setattr("sklearn_rails._rails.score_layers", counting)
+    network, (X, y) = Tabular(), tabular_data()
+    search = GridSearchCV(RAILSClassifier(network, generations=1), {"tau": [0.5, 1.0, 2.0]}, cv=2)
+    search.fit(X, y)
+    assert len(asked) == 3  # two folds and all samples
+    with torch.no_grad():
+        network[4].weight.mul_(2)
+    RAILSClassifier(network).fit(X, y)
+    assert len(asked) == 4
+    RAILSClassifier(network).fit(X, y[::-1])
+    assert len(asked) == 5
+
+    class Tabular2(Tabular):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    twin = Tabular2()
+    twin.load_state_dict(network.state_dict())
+    twin.__class__.__qualname__ = Tabular.__qualname__
+    RAILSClassifier(twin).fit(X, y)
+    assert len(asked) == 6
 
 
 @pytest.mark.parametrize(
