@@ -1,5 +1,6 @@
 """Every fast path gives the labels of the plain one."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from conftest import ConvNet
 from numpy.testing import assert_array_equal
 from sklearn import config_context
 
-from sklearn_rails import RAILSClassifier
+from sklearn_rails import RAILSClassifier, ThreatScorer
+from sklearn_rails.immune import Arbitration, Triage, compiled
 from sklearn_rails.neighbors import ExactNeighbors
 
 PLAIN = {"layers": ["conv1", "conv2"], "population_size": 60, "generations": 4, "random_state": 0}
@@ -21,16 +23,38 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"
+)
+
+GATES = {
+    "no gate": {},
+    "arbitration": {"gate": Arbitration(alpha=0.3)},
+    "triage": {
+        "gate": Triage(),
+        "threat_scorer": ThreatScorer(method="mahalanobis", alpha=0.5, random_state=0),
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def task(digits):
     X, y = digits
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = ConvNet()
-    plain = RAILSClassifier(network, **PLAIN).fit(X[:800], y[:800])
-    return network, X[:800], y[:800], X[800:950], plain.predict(X[800:950])
+    plain = {
+        gate: RAILSClassifier(network, **PLAIN, **settings).fit(X[:800], y[:800])
+        for gate, settings in GATES.items()
+    }
+    expected = {gate: rails.predict(X[800:950]) for gate, rails in plain.items()}
+    # The gates decide something.
+    assert not np.array_equal(expected["no gate"], expected["arbitration"])
+    assert not np.array_equal(expected["no gate"], expected["triage"])
+    return network, X[:800], y[:800], X[800:950], expected
 
 
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -43,26 +67,32 @@ def task(digits):
         {"algorithm": ExactNeighbors("float16")},
         {"algorithm": ExactNeighbors("float16"), "start_layer": "norm1", "layers": "conv2"},
         {"algorithm": ExactNeighbors("a folder")},
+        pytest.param({"compile": True}, marks=needs_compiler),
+        pytest.param({"compile": True, "n_jobs": 2}, marks=needs_compiler),
+        pytest.param({"compile": True, "start_layer": "norm1", "clip": None}, marks=needs_compiler),
         pytest.param({"device": "cuda"}, marks=needs_gpu),
         pytest.param({"device": "cuda", "algorithm": ExactNeighbors("float16")}, marks=needs_gpu),
         pytest.param({"device": "cuda", "algorithm": ExactNeighbors("a folder")}, marks=needs_gpu),
     ],
     ids=str,
 )
-def test_every_mode_predicts_like_the_plain_path(task, mode, tmp_path):
+def test_every_mode_predicts_like_the_plain_path(task, mode, gate, tmp_path):
     network, X, y, new, expected = task
+    n_samples = 20 if mode.get("batch_size") == 1 else len(new)
+    new, expected = new[:n_samples], expected[gate][:n_samples]
     if getattr(mode.get("algorithm"), "storage", None) == "a folder":
         mode = {**mode, "algorithm": ExactNeighbors(tmp_path)}
     if "start_layer" in mode:
-        plain = {**PLAIN, **mode, "algorithm": "auto"}
+        mode = {**mode, "layers": "conv2"}
+        plain = {**PLAIN, **mode, **GATES[gate], "algorithm": "auto", "compile": False}
         expected = RAILSClassifier(network, **plain).fit(X, y).predict(new)
-    assert_array_equal(
-        RAILSClassifier(network, **{**PLAIN, **mode}).fit(X, y).predict(new), expected
-    )
+    rails = RAILSClassifier(network, **{**PLAIN, **mode}, **GATES[gate]).fit(X, y)
+    assert_array_equal(rails.predict(new), expected)
 
 
 def test_little_memory_one_row_at_a_time_and_a_bank_on_disk_give_the_same_labels(task, tmp_path):
     network, X, y, new, expected = task
+    expected = expected["no gate"]
     rails = RAILSClassifier(network, **PLAIN).fit(X, y)
     with config_context(working_memory=0.5):
         assert_array_equal(rails.predict(new), expected)
@@ -77,7 +107,17 @@ def test_little_memory_one_row_at_a_time_and_a_bank_on_disk_give_the_same_labels
 def test_early_stopping_changes_almost_no_label(task):
     network, X, y, new, expected = task
     rails = RAILSClassifier(network, **{**PLAIN, "early_stopping": True}).fit(X, y)
-    assert np.mean(rails.predict(new) == expected) >= 0.995
+    assert np.mean(rails.predict(new) == expected["no gate"]) >= 0.995
+
+
+def test_without_a_compiler_fit_says_so(task, monkeypatch):
+    def no_compiler():
+        raise RuntimeError("No working C++ compiler found.")
+
+    network, X, y, _, _ = task
+    monkeypatch.setattr(compiled, "_compiled", no_compiler)
+    with pytest.raises(ValueError, match=r"compile=True needs a C\+\+ compiler .* No working"):
+        RAILSClassifier(network, **PLAIN, compile=True).fit(X, y)
 
 
 @pytest.mark.parametrize("batch_size", [16, "auto"])

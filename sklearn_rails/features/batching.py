@@ -181,10 +181,10 @@ def tile_shape(n_cells: int, batch_size: int, *, exact: bool = False) -> tuple[i
     n_rows, n_columns : int
         Number of populations, and of cells of each, that run through the network together.
     """
-    if n_cells <= batch_size:
-        return batch_size // n_cells, n_cells
     if exact:
-        return 1, batch_size
+        return (batch_size // n_cells, n_cells) if n_cells <= batch_size else (1, batch_size)
+    if n_cells <= batch_size:
+        return round(batch_size / n_cells), n_cells
     # Of the sizes near batch_size, the one with the fewest blanks.
     nearest = round(n_cells / batch_size)
     numbers = range(math.ceil(n_cells / (3 * batch_size // 2)), round(1.5 * nearest) + 1)

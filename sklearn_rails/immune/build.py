@@ -15,6 +15,7 @@ from .._conformal import sample_rows
 from ..features import FeatureMap
 from ..neighbors import ClassNeighbors, resolve_affinity
 from ..neighbors.leave_one_out import scale_of_affinity
+from .compiled import prepare_compiler
 from .domain import find_domain
 from .engine import ImmuneEngine
 from .layer import CellBank, ResponseLayer
@@ -92,6 +93,8 @@ def build_engine(
     old = None if previous is None or previous.layers[0].recompute else previous
     bank = CellBank(_embed_cells(features, X, old))
     domain = find_domain(bank.cells, clip)
+    if schedule.compile:
+        prepare_compiler(bank.cells, schedule.population_size, domain.on(bank.cells))
     found = {
         name: ClassNeighbors(affinity, algorithm, n_jobs).start(y, n_classes)
         for name in features.layers

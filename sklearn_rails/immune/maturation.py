@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from .._blocks import Progress
+from .compiled import breed
 from .domain import Domain
 from .operators import (
     class_shares,
     cross_over,
     find_stand_ins,
+    first_parent_share,
     leading_class,
     mean_affinity,
     mutate_,
@@ -40,6 +42,8 @@ class Schedule:
         Number of cells of highest affinity that vote, and that may be remembered.
     early_stopping : bool
         Whether a sample is bred no further once its vote is settled.
+    compile : bool
+        Whether crossover and mutation run in one compiled function.
     """
 
     population_size: int
@@ -49,6 +53,7 @@ class Schedule:
     n_plasma: int
     n_memory: int
     early_stopping: bool
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,7 @@ def mature(
             first, second = select_parents(
                 affinity, labels, uniforms, tau, n_classes=n_classes, selection=schedule.selection
             )
+            q = first_parent_share(affinity, first, second, tau, schedule.crossover)
             labels = labels.gather(1, first)
             spare = torch.empty_like(children) if generation == 1 else parents
             parents, children = children, spare
@@ -208,18 +214,14 @@ def mature(
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             bred = children[part]
-            if generation > 0:
-                cross_over(
-                    parents[part],
-                    affinity[part],
-                    first[part],
-                    second[part],
-                    uniforms["cross"],
-                    tau,
-                    crossover=schedule.crossover,
-                    out=bred,
-                )
-            bred = mutate_(bred, uniforms["steps"], domain)
+            if generation == 0:
+                mutate_(bred, uniforms["steps"], domain)
+            else:
+                chosen = parents[part], first[part], second[part], q[part], uniforms["cross"]
+                if schedule.compile:
+                    breed(*chosen, uniforms["steps"], domain, out=bred)
+                else:
+                    mutate_(cross_over(*chosen, out=bred), uniforms["steps"], domain)
             measured.append(affinities(bred, antigens.index_select(0, rows[part])))
         affinity = replace_non_finite(torch.cat(measured))
         shares = class_shares(labels, n_classes, affinity.dtype)

@@ -190,15 +190,39 @@ def _representable(tau: float, like: torch.Tensor) -> float:
     return min(max(tau, info.tiny), info.max)
 
 
+def first_parent_share(
+    affinity: torch.Tensor, first: torch.Tensor, second: torch.Tensor, tau: float, crossover: str
+) -> torch.Tensor:
+    """Return the probability q that an element comes from the first parent.
+
+    Parameters
+    ----------
+    affinity : torch.Tensor of shape (n, n_cells)
+    first, second : torch.Tensor of shape (n, n_cells), int64
+        Positions of the parents.
+    tau : float
+    crossover : {"affinity", "uniform"}
+        The softmax of the two parents' affinities over tau, or a half.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_cells)
+    """
+    if crossover == "uniform":
+        return torch.full_like(affinity, 0.5)
+    tau = _representable(tau, affinity)
+    # Cells without an affinity are parents only of each other: inf - inf.
+    better = (affinity.gather(1, first) - affinity.gather(1, second)).nan_to_num_(nan=0.0)
+    return torch.sigmoid(better / tau)
+
+
 def cross_over(
     cells: torch.Tensor,
-    affinity: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
+    q: torch.Tensor,
     uniforms: torch.Tensor,
-    tau: float,
     *,
-    crossover: str,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Take each element from the first parent with probability q, else from the second.
@@ -206,12 +230,11 @@ def cross_over(
     Parameters
     ----------
     cells : torch.Tensor of shape (n, n_cells, n_features)
-    affinity : torch.Tensor of shape (n, n_cells)
     first, second : torch.Tensor of shape (n, n_cells), int64
+        Positions of the parents.
+    q : torch.Tensor of shape (n, n_cells)
+        As :func:`first_parent_share` returns it.
     uniforms : torch.Tensor of shape (n_cells, n_features)
-    tau : float
-    crossover : {"affinity", "uniform"}
-        q is the softmax of the two affinities over tau, or a half.
     out : torch.Tensor of shape (n, n_cells, n_features), default=None
         Where the result goes.
 
@@ -220,13 +243,6 @@ def cross_over(
     torch.Tensor of shape (n, n_cells, n_features)
     """
     n_rows, n_cells, n_features = cells.shape
-    if crossover == "affinity":
-        tau = _representable(tau, affinity)
-        # Cells without an affinity are parents only of each other: inf - inf.
-        better = (affinity.gather(1, first) - affinity.gather(1, second)).nan_to_num_(nan=0.0)
-        q = torch.sigmoid(better / tau)
-    else:
-        q = affinity.new_full((n_rows, n_cells), 0.5)
     offset = torch.arange(n_rows, device=cells.device)[:, None] * n_cells
     flat = cells.reshape(n_rows * n_cells, n_features)
 

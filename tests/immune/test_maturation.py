@@ -14,6 +14,7 @@ from sklearn_rails.immune.operators import (
     class_quota,
     clone_neighbors,
     cross_over,
+    first_parent_share,
     leading_class,
     mutate_,
     replace_non_finite,
@@ -141,7 +142,8 @@ def test_operators_keep_shapes_elements_and_bounds(seed, crossover, tau):
     cells, labels, affinity = make_population(seed, 2, 15, 4, 3)
     u = uniforms(seed, 15, 4)
     first, second = select_parents(affinity, labels, u, tau, n_classes=3, selection="global")
-    children = cross_over(cells, affinity, first, second, u["cross"], tau, crossover=crossover)
+    q = first_parent_share(affinity, first, second, tau, crossover)
+    children = cross_over(cells, first, second, q, u["cross"])
     assert children.shape == cells.shape
     rows = torch.arange(2)[:, None]
     from_first, from_second = cells[rows, first], cells[rows, second]
@@ -159,11 +161,12 @@ def test_the_fitter_parent_contributes_more():
     affinity = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
     first, second = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])
     u = torch.tensor(np.random.default_rng(0).random((2, n_features)))
-    for crossover, q in (("affinity", 1 / (1 + np.exp(-1 / 0.5))), ("uniform", 0.5)):
-        children = cross_over(cells, affinity, first, second, u, 0.5, crossover=crossover)
+    for crossover, expected in (("affinity", 1 / (1 + np.exp(-1 / 0.5))), ("uniform", 0.5)):
+        q = first_parent_share(affinity, first, second, 0.5, crossover)
+        children = cross_over(cells, first, second, q, u)
         of_cell_0 = (children[0] == 0).double().mean(dim=1)
         # Cell 0 is the fitter one, and both children's parent, once the first and once the second.
-        assert_allclose(of_cell_0, [q, q], atol=0.02)
+        assert_allclose(of_cell_0, [expected, expected], atol=0.02)
 
 
 def breed(seed, n_rows, *, early_stopping, rows=None):
@@ -251,15 +254,9 @@ def test_parents_are_living_cells_of_one_class_at_any_temperature(tau, dtype, se
             assert not dead.gather(1, parents).any()
         assert torch.equal(labels.gather(1, first), labels.gather(1, second))
         assert (labels.gather(1, first).diff(dim=1) >= 0).all()
-        children = cross_over(
-            torch.rand(50, 24, 3, dtype=dtype),
-            affinity,
-            first,
-            second,
-            torch.rand(24, 3, dtype=dtype),
-            tau,
-            crossover="affinity",
-        )
+        q = first_parent_share(affinity, first, second, tau, "affinity")
+        cells, numbers = torch.rand(50, 24, 3, dtype=dtype), torch.rand(24, 3, dtype=dtype)
+        children = cross_over(cells, first, second, q, numbers)
         assert children.isfinite().all()
 
 
