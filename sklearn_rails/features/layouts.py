@@ -32,9 +32,9 @@ TRIAL_SECONDS, TRIAL_SHARE = 0.1, 0.5
 # Batch sizes beyond this and beyond the number of training samples are not used.
 LARGEST_NEEDED = 4096
 
-# Batch size for samples on a CPU, of images, of vectors, and of images with more values than
-# LARGE_IMAGE. Calls may have a single sample, and batches are filled up.
-CPU_BATCH, LARGE_IMAGE = (16, 256, 4), 3 * 64 * 64
+# Batch size for samples on a CPU, of images and of vectors. Calls may have a single sample, and
+# batches are filled up: of four images each takes at most a third more time than of many.
+CPU_BATCH = (4, 256)
 
 # network -> {key: layout}, so that a search over other parameters measures a network once.
 _MEASURED: MutableMapping[nn.Module, dict[Any, BatchLayout]] = weakref.WeakKeyDictionary()
@@ -87,9 +87,7 @@ class Layouts:
                 size = min(batch_size, max(n_samples, LARGEST_NEEDED))
             self._fixed = BatchLayout(max(size, self.smallest), exact=is_exact)
         # Token ids cost as much as images, other vectors do not.
-        is_vector = len(input_shape) == 1 and not (probed and probed.integer_input)
-        is_large = not is_vector and math.prod(input_shape) > LARGE_IMAGE
-        self._cpu_batch = CPU_BATCH[1 if is_vector else 2 if is_large else 0]
+        self._is_vector = len(input_shape) == 1 and not (probed and probed.integer_input)
         self.run_on(device)
 
     def run_on(self, device: torch.device) -> None:
@@ -99,7 +97,7 @@ class Layouts:
         ----------
         device : torch.device
         """
-        size = self._cpu_batch if device.type == "cpu" else GPU_IMAGES[0]
+        size = CPU_BATCH[self._is_vector] if device.type == "cpu" else GPU_IMAGES[0]
         self.of_samples = self._fixed or BatchLayout(size)
 
     def choose(

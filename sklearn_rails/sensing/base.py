@@ -125,6 +125,20 @@ class Detector(PicklesToCPU):
         """
         raise NotImplementedError
 
+    def variants(self, X: NDArray[Any] | torch.Tensor) -> list[NDArray[Any]]:
+        """Return changed samples whose outputs the score depends on, by default none.
+
+        Parameters
+        ----------
+        X : ndarray or torch.Tensor of shape (n, n_features)
+
+        Returns
+        -------
+        list of ndarray of shape (n, n_features)
+            ``query.variant_outputs(self)`` has the network's outputs for them.
+        """
+        return []
+
     def score(self, query: Query) -> NDArray[np.float64]:
         """Score samples.
 

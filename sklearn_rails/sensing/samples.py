@@ -166,6 +166,8 @@ class Query:
         out of these.
     outputs : torch.Tensor of shape (n, n_outputs), default=None
         The network's outputs, if they are already known.
+    variants : dict of object to list of torch.Tensor of shape (n, n_outputs), default=None
+        The network's outputs for the variants of some detectors, if they are already known.
     n_classes : int, default=None
         Number of classes of the clean samples. Labels of the network are clipped to it, since
         with a single class both labels of a single output are that class.
@@ -185,6 +187,7 @@ class Query:
         self_index: NDArray[np.int64] | None = None,
         *,
         outputs: torch.Tensor | None = None,
+        variants: Mapping[Any, list[torch.Tensor]] | None = None,
         n_classes: int | None = None,
     ) -> None:
         usable = torch.ones(len(X), dtype=torch.bool)
@@ -204,6 +207,7 @@ class Query:
         self.features = features
         self.feature_map = feature_map
         self.self_index = self_index
+        self._variants = variants or {}
         self._n_classes = n_classes
         self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if outputs is not None:
@@ -213,6 +217,22 @@ class Query:
     def outputs(self) -> torch.Tensor:
         """The network's outputs, (n, n_outputs)."""
         return self.feature_map.outputs(self.X, check_finite=False)
+
+    def variant_outputs(self, detector: Any) -> list[torch.Tensor]:
+        """Return the network's outputs for the variants of a detector.
+
+        Parameters
+        ----------
+        detector : Detector
+
+        Returns
+        -------
+        list of torch.Tensor of shape (n, n_outputs)
+        """
+        if detector in self._variants:
+            return self._variants[detector]
+        outputs = self.feature_map.outputs
+        return [outputs(changed, check_finite=False) for changed in detector.variants(self.X)]
 
     @functools.cached_property
     def labels(self) -> torch.Tensor:

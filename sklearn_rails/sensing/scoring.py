@@ -91,7 +91,7 @@ def score_new(
 
     def score(block: slice) -> list[NDArray[np.float64]]:
         samples = X[block]
-        found = feature_map(samples, wanted, check_finite=False)
+        found, changed = _run_with_variants(detectors, samples, feature_map, wanted)
         finite = torch.ones(len(samples), dtype=torch.bool, device=feature_map.device)
         for values in found.values():
             finite &= torch.isfinite(values).all(dim=1)
@@ -104,6 +104,7 @@ def score_new(
                 {layer: found[layer][kept] for layer in layers},
                 feature_map,
                 outputs=found[feature_map.output][kept] if has_outputs else None,
+                variants={d: [outputs[kept] for outputs in o] for d, o in changed.items()},
                 n_classes=n_classes,
             )
             for array, detector in zip(scores, detectors.values(), strict=True):
@@ -111,6 +112,35 @@ def score_new(
         return scores
 
     return map_blocks(score, len(X), feature_map.row_bytes, feature_map.device)
+
+
+def _run_with_variants(
+    detectors: Mapping[str, Detector],
+    X: NDArray[Any] | torch.Tensor,
+    feature_map: FeatureMap,
+    wanted: tuple[str, ...],
+) -> tuple[dict[str, torch.Tensor], dict[Detector, list[torch.Tensor]]]:
+    """Run samples, together with the variants of all detectors if one micro-batch holds them.
+
+    Returns
+    -------
+    features : dict of str to torch.Tensor of shape (n, n_layer_features)
+        What is wanted of the samples.
+    outputs : dict of Detector to list of torch.Tensor of shape (n, n_outputs)
+        For the variants that ran with them.
+    """
+    n, size = len(X), feature_map.batch_size
+    if feature_map.output not in wanted or 2 * n > size or isinstance(X, torch.Tensor):
+        return feature_map(X, wanted, check_finite=False), {}
+    variants = {detector: detector.variants(X) for detector in detectors.values()}
+    rows = np.concatenate([X, *(rows for changed in variants.values() for rows in changed)])
+    if not n < len(rows) <= size:
+        return feature_map(X, wanted, check_finite=False), {}
+    found = feature_map(rows, wanted, check_finite=False)
+    outputs = found[feature_map.output][n:].split(n)
+    parts = iter(outputs)
+    known = {d: [next(parts) for _ in changed] for d, changed in variants.items() if changed}
+    return {name: values[:n] for name, values in found.items()}, known
 
 
 class Evidence:

@@ -1,6 +1,5 @@
 """A detector by how firm the network's prediction is."""
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -43,38 +42,29 @@ class FeatureSqueezing(Detector):
         """Score samples: an ndarray of shape (n, 1), float64."""
         before = soft_labels(query.outputs.cpu().double())
         moved = []
-        for squeezed in self.squeeze(query.X):
-            outputs = query.feature_map.outputs(squeezed, check_finite=False)
+        for outputs in query.variant_outputs(self):
             after = soft_labels(outputs.cpu().double())
             moved.append((after - before).abs().sum(dim=1))
         return torch.stack(moved, dim=1).amax(dim=1, keepdim=True).numpy()
 
-    def squeeze(self, X: NDArray[Any] | torch.Tensor) -> Iterator[NDArray[Any]]:
-        """Simplify samples in several ways.
-
-        Parameters
-        ----------
-        X : ndarray or torch.Tensor of shape (n, n_features)
-
-        Yields
-        ------
-        ndarray of shape (n, n_features)
-        """
+    def variants(self, X: NDArray[Any] | torch.Tensor) -> list[NDArray[Any]]:
+        """Return the samples with few levels, and images smoothed."""
         X = X.cpu().numpy() if isinstance(X, torch.Tensor) else X
         low, high = self.range_
         span = high - low or 1.0
         # In double precision, in which no difference overflows.
         levels = np.round((X.astype(np.float64) - low) / span * self.n_steps_)
-        yield (levels / self.n_steps_ * span + low).astype(X.dtype)
+        simplified = [(levels / self.n_steps_ * span + low).astype(X.dtype)]
         if len(self.input_shape_) == 3:
             images = X.reshape(-1, *self.input_shape_)
-            yield median_filter(images, size=(1, 1, 2, 2)).reshape(X.shape)
+            simplified.append(median_filter(images, size=(1, 1, 2, 2)).reshape(X.shape))
+        return simplified
 
     def soft_threat(self, query: SoftQuery) -> torch.Tensor:
         """Compute how far the probabilities move, with the gradient of the identity."""
         assert query.probabilities is not None  # since needs_outputs
         feature_map, moved = query.feature_map, []
-        for array in self.squeeze(query.X.detach()):
+        for array in self.variants(query.X.detach()):
             # Rounding has no useful gradient: use that of the identity (Athalye et al. 2018).
             squeezed = query.X + (feature_map.to_device(array) - query.X).detach()
             found = feature_map.with_gradient(squeezed, (feature_map.output,))
