@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import Affinity, DistanceAffinity, ProductAffinity, product_rounding
@@ -173,8 +175,12 @@ class InnerProduct(ProductAffinity):
         return torch.zeros_like(norms)
 
     def score_error(
-        self, geometry: Geometry, queries: Tensor, norms: Tensor, scores: Tensor
-    ) -> Tensor:
+        self,
+        geometry: Geometry,
+        queries: Tensor,
+        norms: NDArray[np.float64],
+        scores: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
         """Compute a bound of the rounding error of products.
 
         Parameters
@@ -183,14 +189,14 @@ class InnerProduct(ProductAffinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : torch.Tensor of shape (n, 1, 1)
+        norms : ndarray of shape (n, 1)
             Norms of the queries.
-        scores : torch.Tensor of shape (n, n_classes, 1)
-            Of the last neighbour in each class.
+        scores : ndarray of shape (n, n_classes)
+            Of the last neighbour in each class; minus infinity where there is none.
 
         Returns
         -------
-        torch.Tensor that broadcasts to (n, n_classes, 1)
+        ndarray that broadcasts to (n, n_classes)
             The bound.
         """
         error = product_rounding(queries) * geometry.max_norm + geometry.max_rounding_error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .geometry import Geometry
@@ -195,8 +197,12 @@ class ProductAffinity(Affinity):
         raise NotImplementedError
 
     def score_error(
-        self, geometry: Geometry, queries: Tensor, norms: Tensor, scores: Tensor
-    ) -> Tensor:
+        self,
+        geometry: Geometry,
+        queries: Tensor,
+        norms: NDArray[np.float64],
+        scores: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
         """Compute a bound of the rounding error of scores near those of the last neighbours.
 
         Parameters
@@ -205,14 +211,14 @@ class ProductAffinity(Affinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : torch.Tensor of shape (n, 1, 1)
+        norms : ndarray of shape (n, 1)
             Norms of the queries.
-        scores : torch.Tensor of shape (n, n_classes, 1)
-            Of the last neighbour in each class.
+        scores : ndarray of shape (n, n_classes)
+            Of the last neighbour in each class; minus infinity where there is none.
 
         Returns
         -------
-        torch.Tensor that broadcasts to (n, n_classes, 1)
+        ndarray that broadcasts to (n, n_classes)
             The bound.
         """
         raise NotImplementedError
@@ -282,8 +288,12 @@ class DistanceAffinity(ProductAffinity):
         return (norms.square() / -2).clamp_(min=lowest)
 
     def score_error(
-        self, geometry: Geometry, queries: Tensor, norms: Tensor, scores: Tensor
-    ) -> Tensor:
+        self,
+        geometry: Geometry,
+        queries: Tensor,
+        norms: NDArray[np.float64],
+        scores: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
         """Compute a bound of the rounding error of scores near those of the last neighbours.
 
         Parameters
@@ -292,32 +302,35 @@ class DistanceAffinity(ProductAffinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : torch.Tensor of shape (n, 1, 1)
+        norms : ndarray of shape (n, 1)
             Norms of the queries.
-        scores : torch.Tensor of shape (n, n_classes, 1)
-            Of the last neighbour in each class.
+        scores : ndarray of shape (n, n_classes)
+            Of the last neighbour in each class; minus infinity where there is none.
 
         Returns
         -------
-        torch.Tensor that broadcasts to (n, n_classes, 1)
+        ndarray that broadcasts to (n, n_classes)
             The bound.
         """
-        info = torch.finfo(queries.dtype)
-        unit = product_rounding(queries)
-        if geometry.center_norm > 0:
-            scores = scores - torch.mv(queries, geometry.center)[:, None, None] * geometry.unit
-        near = (4 * norms).clamp_(max=geometry.max_norm)
-        error = (norms + near).mul_(near).add_(norms, alpha=geometry.center_norm)
+        unit, center = product_rounding(queries), geometry.center_norm
+        near = np.minimum(4 * norms, geometry.max_norm)
+        error = (norms + near) * near + norms * center
         # Scores of examples that are more than 4 times as far from the centre as the query, which
         # are below -4 |query|^2, err by 10 units of themselves at most.
-        far = scores.abs().sub_(norms.square(), alpha=3).relu_()
-        error = torch.add(error, far, alpha=40).mul_(unit).add_(queries.shape[1] * info.tiny)
-        rounding = geometry.max_rounding_error
-        if rounding == 0:
-            return error
-        # An example that is e away from its true place has a distance that errs by e.
-        distance = (norms.square() - 2 * scores).clamp_(min=0).sqrt_()
-        return error + rounding * (distance + rounding)
+        with np.errstate(over="ignore"):
+            far = np.abs(scores) - 3 * norms**2
+            if center > 0 and (far > -norms * center).any():
+                # Relative to the centre.
+                inner = torch.mv(queries, geometry.center).cpu().numpy().astype(np.float64)
+                far = np.abs(scores - inner[:, None] * geometry.unit) - 3 * norms**2
+            tiny = torch.finfo(queries.dtype).tiny
+            error = unit * (error + 40 * np.maximum(far, 0)) + queries.shape[1] * tiny
+            rounding = geometry.max_rounding_error
+            if rounding == 0:
+                return error
+            # An example that is e away from its true place has a distance that errs by e.
+            distance = np.sqrt(np.maximum(norms**2 - 2 * scores, 0))
+            return error + rounding * (distance + rounding)
 
 
 def product_rounding(queries: Tensor) -> float:

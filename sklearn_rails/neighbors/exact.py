@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .base import ProductAffinity, product_rounding
 from .geometry import Geometry
 from .norms import norm, normalize_rows
-from .search import ClassOrder, Recompute, Search, Take
+from .order import ClassOrder, find_top_scores
+from .search import Recompute, Search, Take
 from .store import BLOCK_BYTES, ExampleStore
 
 # Size in bytes of the pieces that examples are converted in for a product on a CPU. Pieces of
@@ -94,62 +97,57 @@ class ProductSearch(AllPairsSearch):
         moved = self._move_queries(queries)
         norms = norm(moved)
         self.affinity.check_queries(self.geometry, norms)
-        top, places = self._find_candidates(moved, n_candidates)
+        top, places = find_top_scores(self._scores(moved), self.order, n_candidates)
+        # The decisions below are a few numbers for each query, which numpy handles in less time.
+        scores, lengths = top.cpu().numpy(), norms.cpu().numpy().astype(np.float64)
+        usable = self._find_usable(lengths, scores[..., :n_neighbors])
+        if not usable.all():
+            return self._find_apart(queries, usable, n_neighbors, n_candidates, take)
+        last = scores[..., n_neighbors - 1].astype(np.float64)
         # What the error of the scores may have put behind the last neighbour, or before it.
-        last = top[..., n_neighbors - 1 : n_neighbors]
-        overflows = self._find_overflows(norms, top[..., :n_neighbors])
-        if overflows is not None:
-            affinity = queries.new_empty(*top.shape[:2], n_neighbors)
-            ranked = places.new_empty(affinity.shape)
-            affinity[overflows], ranked[overflows] = super().find(
-                queries[overflows], n_neighbors, take
-            )
-            usable = ~overflows
-            if usable.any():
-                affinity[usable], ranked[usable] = self._find_block(
-                    queries[usable], n_neighbors, n_candidates, take
-                )
-            return affinity, ranked
-        bar = last - 2 * self._score_error(moved, norms[:, None, None], last)
-        contends = top >= bar.clamp_(min=torch.finfo(top.dtype).min)
-        n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
+        bar = last - 2 * self._score_error(moved, lengths[:, None], last)
+        contends = scores >= np.maximum(bar, np.finfo(scores.dtype).min)[..., None]
+        n_contenders = max(n_neighbors, int(contends.sum(axis=2).max()))
         affinity, ranked = self.rank(queries, places[..., :n_contenders], n_neighbors, take)
         if n_contenders == n_candidates < max(self.order.sizes):
             # Something that was left out may stand above the last neighbour.
-            unsure = contends[..., -1].any(dim=1).nonzero()[:, 0]
+            unsure = torch.from_numpy(contends[..., -1].any(axis=1)).nonzero()[:, 0]
             if len(unsure):
+                unsure = unsure.to(queries.device)
                 affinity[unsure], ranked[unsure] = self._find_block(
                     queries[unsure], n_neighbors, 2 * n_candidates, take
                 )
         return affinity, ranked
 
-    def _find_candidates(self, moved: Tensor, n_candidates: int) -> tuple[Tensor, Tensor]:
-        """Return the best of each class by their scores, and these."""
-        sizes, best = self.order.sizes, []
-        for members in torch.split(self._scores(moved), sizes, dim=1):
-            k = min(n_candidates, members.shape[1])
-            values, found = members.topk(k, dim=1)
-            if k < n_candidates:
-                values = pad(values, (0, n_candidates - k), value=-torch.inf)
-                found = pad(found, (0, n_candidates - k))
-            best.append((values, found))
-        top, places = (torch.stack(parts, dim=1) for parts in zip(*best, strict=True))
-        places += self.order.starts[:, None]
-        if min(sizes) < n_candidates:
-            limits = torch.tensor(sizes, device=places.device)[:, None]
-            places.masked_fill_(torch.arange(n_candidates, device=places.device) >= limits, -1)
-        return top, places
+    def _find_usable(self, norms: NDArray[np.float64], top: NDArray[Any]) -> NDArray[np.bool_]:
+        """Check for each query that no score near the first ones may have overflowed."""
+        limit = np.finfo(top.dtype).max / 16
+        usable = norms * (self._reach + self.geometry.center_norm) < limit
+        # The highest scores come first, NaN before them.
+        within = (top[..., 0] < limit) & (top[..., -1] > -limit)
+        if not within.all():
+            within = ((np.abs(top) < limit) | (top == -np.inf)).all(axis=2)
+        return usable & within.all(axis=1)
 
-    def _find_overflows(self, norms: Tensor, top: Tensor) -> Tensor | None:
-        """Check for which queries the scores may have overflowed; None if for none."""
-        limit = torch.finfo(top.dtype).max / 16
-        reach = self._reach + self.geometry.center_norm
-        low, high = torch.aminmax(top)
-        if norms.max().item() * reach < limit and -limit < low.item() and high.item() < limit:
-            return None
-        there = top.masked_fill(top == -torch.inf, 0)
-        overflows = ~((norms * reach < limit) & (there.abs() < limit).all(dim=2).all(dim=1))
-        return overflows if overflows.any() else None
+    def _find_apart(
+        self,
+        queries: Tensor,
+        usable: NDArray[np.bool_],
+        n_neighbors: int,
+        n_candidates: int,
+        take: Take,
+    ) -> tuple[Tensor, Tensor]:
+        """Compare the queries whose scores overflow with every example."""
+        mask = torch.from_numpy(usable).to(queries.device)
+        shape = len(queries), len(self.order.sizes), n_neighbors
+        affinity = queries.new_empty(shape)
+        places = torch.empty(shape, dtype=torch.int64, device=queries.device)
+        affinity[~mask], places[~mask] = super().find(queries[~mask], n_neighbors, take)
+        if usable.any():
+            affinity[mask], places[mask] = self._find_block(
+                queries[mask], n_neighbors, n_candidates, take
+            )
+        return affinity, places
 
     def _move_queries(self, queries: Tensor) -> Tensor:
         moved = queries - self.geometry.origin
@@ -175,7 +173,9 @@ class ProductSearch(AllPairsSearch):
         pieces = self.store.pieces(wide, n_bytes)
         return torch.cat([torch.mm(wide, piece.T).to(queries) for piece in pieces], dim=1)
 
-    def _score_error(self, moved: Tensor, norms: Tensor, scores: Tensor) -> Tensor | float:
+    def _score_error(
+        self, moved: Tensor, norms: NDArray[np.float64], scores: NDArray[np.float64]
+    ) -> NDArray[np.float64] | float:
         return self.affinity.score_error(self.geometry, moved, norms, scores)
 
 
@@ -225,7 +225,9 @@ class UnitLengthSearch(ProductSearch):
         scores = self._products(moved).add_(shifted).div_(self._lengths)
         return scores.sub_(self._lengths.isfinite().to(scores), alpha=0.5)
 
-    def _score_error(self, moved: Tensor, norms: Tensor, scores: Tensor) -> float:
+    def _score_error(
+        self, moved: Tensor, norms: NDArray[np.float64], scores: NDArray[np.float64]
+    ) -> float:
         shift = float(norm(self.store.shift))
         return product_rounding(moved) * (2 + 2 * shift / float(self._lengths.min()))
 
@@ -269,4 +271,6 @@ def concatenate(parts: Sequence[tuple[Tensor, Tensor]], dim: int = 0) -> tuple[T
     affinity, places : torch.Tensor
     """
     affinity, places = zip(*parts, strict=True)
+    if len(affinity) == 1:
+        return affinity[0], places[0]
     return torch.cat(affinity, dim=dim), torch.cat(places, dim=dim)

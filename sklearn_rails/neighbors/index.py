@@ -15,7 +15,8 @@ from .affinity import resolve_affinity
 from .base import ProductAffinity
 from .estimators import EstimatorSearch
 from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch
-from .search import ClassOrder, Recompute, Search, measure_geometry
+from .order import ClassOrder
+from .search import Recompute, Search, measure_geometry
 from .store import ExactNeighbors, ExampleStore
 
 
