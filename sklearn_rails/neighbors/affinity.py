@@ -18,12 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .base import Affinity, DistanceAffinity, ProductAffinity, product_rounding
+from .base import Affinity, DistanceAffinity, Numbers, ProductAffinity, product_rounding
 from .geometry import Geometry
 from .norms import dtype_name, is_within, norm, normalize_rows
 
@@ -175,12 +173,8 @@ class InnerProduct(ProductAffinity):
         return torch.zeros_like(norms)
 
     def score_error(
-        self,
-        geometry: Geometry,
-        queries: Tensor,
-        norms: NDArray[np.float64],
-        scores: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
+        self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
+    ) -> Numbers:
         """Compute a bound of the rounding error of products.
 
         Parameters
@@ -189,15 +183,16 @@ class InnerProduct(ProductAffinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : ndarray of shape (n, 1)
+        norms : ndarray of shape (n, 1), or float
             Norms of the queries.
-        scores : ndarray of shape (n, n_classes)
-            Of the last neighbour in each class; minus infinity where there is none.
+        scores : ndarray of shape (n, n_classes), or float
+            Of the last neighbour in each class; minus infinity where there is none. A float is
+            the lowest of all classes, for a single query whose norm is a float as well.
 
         Returns
         -------
-        ndarray that broadcasts to (n, n_classes)
-            The bound.
+        ndarray that broadcasts to (n, n_classes), or float
+            The bound. Of a float it holds for every score from there to that of the nearest.
         """
         error = product_rounding(queries) * geometry.max_norm + geometry.max_rounding_error
         return norms * error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .geometry import Geometry
 from .norms import dtype_name
+
+Numbers: TypeAlias = float | NDArray[np.float64]
 
 
 class Affinity:
@@ -197,12 +199,8 @@ class ProductAffinity(Affinity):
         raise NotImplementedError
 
     def score_error(
-        self,
-        geometry: Geometry,
-        queries: Tensor,
-        norms: NDArray[np.float64],
-        scores: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
+        self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
+    ) -> Numbers:
         """Compute a bound of the rounding error of scores near those of the last neighbours.
 
         Parameters
@@ -211,15 +209,16 @@ class ProductAffinity(Affinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : ndarray of shape (n, 1)
+        norms : ndarray of shape (n, 1), or float
             Norms of the queries.
-        scores : ndarray of shape (n, n_classes)
-            Of the last neighbour in each class; minus infinity where there is none.
+        scores : ndarray of shape (n, n_classes), or float
+            Of the last neighbour in each class; minus infinity where there is none. A float is
+            the lowest of all classes, for a single query whose norm is a float as well.
 
         Returns
         -------
-        ndarray that broadcasts to (n, n_classes)
-            The bound.
+        ndarray that broadcasts to (n, n_classes), or float
+            The bound. Of a float it holds for every score from there to that of the nearest.
         """
         raise NotImplementedError
 
@@ -288,12 +287,8 @@ class DistanceAffinity(ProductAffinity):
         return (norms.square() / -2).clamp_(min=lowest)
 
     def score_error(
-        self,
-        geometry: Geometry,
-        queries: Tensor,
-        norms: NDArray[np.float64],
-        scores: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
+        self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
+    ) -> Numbers:
         """Compute a bound of the rounding error of scores near those of the last neighbours.
 
         Parameters
@@ -302,35 +297,36 @@ class DistanceAffinity(ProductAffinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : ndarray of shape (n, 1)
+        norms : ndarray of shape (n, 1), or float
             Norms of the queries.
-        scores : ndarray of shape (n, n_classes)
-            Of the last neighbour in each class; minus infinity where there is none.
+        scores : ndarray of shape (n, n_classes), or float
+            Of the last neighbour in each class; minus infinity where there is none. A float is
+            the lowest of all classes, for a single query whose norm is a float as well.
 
         Returns
         -------
-        ndarray that broadcasts to (n, n_classes)
-            The bound.
+        ndarray that broadcasts to (n, n_classes), or float
+            The bound. Of a float it holds for every score from there to that of the nearest.
         """
+        # Operators alone, which single numbers share with arrays.
         unit, center = product_rounding(queries), geometry.center_norm
-        near = np.minimum(4 * norms, geometry.max_norm)
+        near = (4 * norms + geometry.max_norm - abs(4 * norms - geometry.max_norm)) / 2
         error = (norms + near) * near + norms * center
+        inner: Numbers = 0.0
+        if center > 0:
+            inner = torch.mv(queries, geometry.center).cpu().numpy().astype(np.float64)
+            inner = inner.item() if isinstance(norms, float) else inner[:, None]
         # Scores of examples that are more than 4 times as far from the centre as the query, which
         # are below -4 |query|^2, err by 10 units of themselves at most.
-        with np.errstate(over="ignore"):
-            far = np.abs(scores) - 3 * norms**2
-            if center > 0 and (far > -norms * center).any():
-                # Relative to the centre.
-                inner = torch.mv(queries, geometry.center).cpu().numpy().astype(np.float64)
-                far = np.abs(scores - inner[:, None] * geometry.unit) - 3 * norms**2
-            tiny = torch.finfo(queries.dtype).tiny
-            error = unit * (error + 40 * np.maximum(far, 0)) + queries.shape[1] * tiny
-            rounding = geometry.max_rounding_error
-            if rounding == 0:
-                return error
-            # An example that is e away from its true place has a distance that errs by e.
-            distance = np.sqrt(np.maximum(norms**2 - 2 * scores, 0))
-            return error + rounding * (distance + rounding)
+        far = abs(scores - inner * geometry.unit) - 3 * norms * norms
+        error = error + 40 * far * (far > 0)
+        error = unit * error + queries.shape[1] * torch.finfo(queries.dtype).tiny
+        rounding = geometry.max_rounding_error
+        if rounding == 0:
+            return error
+        # An example that is e away from its true place has a distance that errs by e.
+        square = norms * norms - 2 * scores
+        return error + rounding * ((square * (square > 0)) ** 0.5 + rounding)
 
 
 def product_rounding(queries: Tensor) -> float:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import ProductAffinity, product_rounding
+from .base import Numbers, ProductAffinity, product_rounding
 from .geometry import Geometry
 from .norms import norm, normalize_rows
 from .order import ClassOrder, find_top_scores
@@ -87,7 +87,7 @@ class ProductSearch(AllPairsSearch):
         return concatenate(
             [
                 self._find_block(block, n_neighbors, n_neighbors + slack, take)
-                for block in torch.split(queries, step)
+                for block in (torch.split(queries, step) if len(queries) > step else [queries])
             ]
         )
 
@@ -98,15 +98,19 @@ class ProductSearch(AllPairsSearch):
         norms = norm(moved)
         self.affinity.check_queries(self.geometry, norms)
         top, places = find_top_scores(self._scores(moved), self.order, n_candidates)
-        # The decisions below are a few numbers for each query, which numpy handles in less time.
+        # The decisions below are a few numbers for each query, for which numpy takes less time.
         scores, lengths = top.cpu().numpy(), norms.cpu().numpy().astype(np.float64)
-        usable = self._find_usable(lengths, scores[..., :n_neighbors])
-        if not usable.all():
-            return self._find_apart(queries, usable, n_neighbors, n_candidates, take)
         last = scores[..., n_neighbors - 1].astype(np.float64)
+        usable = self._find_usable(lengths, scores[..., :n_neighbors])
+        if usable is not None:
+            return self._find_apart(queries, usable, n_neighbors, n_candidates, take)
         # What the error of the scores may have put behind the last neighbour, or before it.
-        bar = last - 2 * self._score_error(moved, lengths[:, None], last)
-        contends = scores >= np.maximum(bar, np.finfo(scores.dtype).min)[..., None]
+        lowest = float(last.min())
+        if len(queries) == 1 and lowest > -np.inf:
+            error = self._score_error(moved, float(lengths[0]), lowest)
+        else:
+            error = self._score_error(moved, lengths[:, None], last)
+        contends = scores >= np.maximum(last - 2 * error, np.finfo(scores.dtype).min)[..., None]
         n_contenders = max(n_neighbors, int(contends.sum(axis=2).max()))
         affinity, ranked = self.rank(queries, places[..., :n_contenders], n_neighbors, take)
         if n_contenders == n_candidates < max(self.order.sizes):
@@ -119,15 +123,19 @@ class ProductSearch(AllPairsSearch):
                 )
         return affinity, ranked
 
-    def _find_usable(self, norms: NDArray[np.float64], top: NDArray[Any]) -> NDArray[np.bool_]:
-        """Check for each query that no score near the first ones may have overflowed."""
-        limit = np.finfo(top.dtype).max / 16
-        usable = norms * (self._reach + self.geometry.center_norm) < limit
+    def _find_usable(
+        self, norms: NDArray[np.float64], top: NDArray[Any]
+    ) -> NDArray[np.bool_] | None:
+        """Check which queries have no score that may have overflowed; None if all of them."""
+        limit = float(np.finfo(top.dtype).max) / 16
+        # Squares of the norms are compared with scores, in double precision.
+        longest = min(limit / (self._reach + self.geometry.center_norm + 1), 2.0**500)
         # The highest scores come first, NaN before them.
-        within = (top[..., 0] < limit) & (top[..., -1] > -limit)
-        if not within.all():
-            within = ((np.abs(top) < limit) | (top == -np.inf)).all(axis=2)
-        return usable & within.all(axis=1)
+        if norms.max() < longest and top[..., 0].max() < limit and top[..., -1].min() > -limit:
+            return None
+        within = (np.abs(top) < limit) | (top == -np.inf)
+        usable: NDArray[np.bool_] = (norms < longest) & within.all(axis=(1, 2))
+        return None if usable.all() else usable
 
     def _find_apart(
         self,
@@ -173,9 +181,7 @@ class ProductSearch(AllPairsSearch):
         pieces = self.store.pieces(wide, n_bytes)
         return torch.cat([torch.mm(wide, piece.T).to(queries) for piece in pieces], dim=1)
 
-    def _score_error(
-        self, moved: Tensor, norms: NDArray[np.float64], scores: NDArray[np.float64]
-    ) -> NDArray[np.float64] | float:
+    def _score_error(self, moved: Tensor, norms: Numbers, scores: Numbers) -> Numbers:
         return self.affinity.score_error(self.geometry, moved, norms, scores)
 
 
@@ -225,9 +231,7 @@ class UnitLengthSearch(ProductSearch):
         scores = self._products(moved).add_(shifted).div_(self._lengths)
         return scores.sub_(self._lengths.isfinite().to(scores), alpha=0.5)
 
-    def _score_error(
-        self, moved: Tensor, norms: NDArray[np.float64], scores: NDArray[np.float64]
-    ) -> float:
+    def _score_error(self, moved: Tensor, norms: Numbers, scores: Numbers) -> float:
         shift = float(norm(self.store.shift))
         return product_rounding(moved) * (2 + 2 * shift / float(self._lengths.min()))
 

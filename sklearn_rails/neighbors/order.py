@@ -26,7 +26,7 @@ class ClassGroup(NamedTuple):
     classes : torch.Tensor of shape (n_group,), int64
     starts, sizes : torch.Tensor of shape (n_group, 1), int64
         Where each class begins in the store, and its number of examples.
-    places : torch.Tensor of shape (n_group * width,), int64
+    places : torch.Tensor of shape (n_group * width,), int32
         Of the examples of each class, class after class, any place where one has no more.
     missing : torch.Tensor of shape (n_group, width), bool, or None
         Where a class has no more; None if all are equally large.
@@ -62,7 +62,8 @@ class ClassGroup(NamedTuple):
         starts = order.starts[members, None]
         sizes = torch.tensor(counts, device=device)[:, None]
         column = torch.arange(width, device=device)
-        places = (starts + torch.minimum(column, sizes - 1)).flatten()
+        # Half as many bytes are read for each query.
+        places = (starts + torch.minimum(column, sizes - 1)).flatten().int()
         missing = column >= sizes if smallest < width else None
         return cls(members, starts, sizes, places, missing, smallest, width)
 
@@ -84,6 +85,8 @@ class ClassOrder(DeviceTensors):
         Examples of each class.
     starts : torch.Tensor of shape (n_classes,), int64
         Where each class begins.
+    smallest : int
+        Number of examples in the smallest class.
     is_sorted : bool
         Whether ``index`` ascends within each class.
     """
@@ -95,6 +98,7 @@ class ClassOrder(DeviceTensors):
         self.index = torch.from_numpy(np.argsort(y, kind="stable"))
         self.sizes: list[int] = np.bincount(y, minlength=n_classes).tolist()
         self.starts = torch.tensor([0, *np.cumsum(self.sizes[:-1])])
+        self.smallest = min(self.sizes)
         self.is_sorted = True
         self._groups: list[ClassGroup] | None = None
 
@@ -150,7 +154,7 @@ class ClassOrder(DeviceTensors):
         """
         view = copy.copy(self)
         view.sizes, view.starts, view.is_sorted = [len(self.index)], self.starts[:1], False
-        view._groups = None
+        view.smallest, view._groups = len(self.index), None
         return view
 
     def sort_places(self, places: Tensor) -> Tensor:
@@ -203,7 +207,7 @@ def find_top_scores(scores: Tensor, order: ClassOrder, n_best: int) -> tuple[Ten
         best.append(_pad(*members.topk(min(n_best, members.shape[1]), dim=1), n_best))
     top, places = (torch.stack(part, dim=1) for part in zip(*best, strict=True))
     places += order.starts[:, None]
-    if min(order.sizes) < n_best:
+    if order.smallest < n_best:
         sizes = torch.tensor(order.sizes, device=places.device)[:, None]
         places.masked_fill_(torch.arange(n_best, device=places.device) >= sizes, -1)
     return top, places

@@ -162,21 +162,27 @@ class Search(DeviceTensors):
         n, k = places.shape
         # All candidates of some queries at a time, or else some of those of one query.
         n_examples = max(1, CACHE_BYTES // queries[0].nbytes)
+        if n * k <= n_examples:
+            return self.affinity.check_finite(self._affinities(queries, places, take))
         n_rows, n_columns = max(1, n_examples // k), min(k, n_examples)
         exact = queries.new_empty(n, k)
         for top in range(0, n, n_rows):
             rows = slice(top, top + n_rows)
             for left in range(0, k, n_columns):
                 part = places[rows, left : left + n_columns]
-                examples = take(part.flatten()).reshape(*part.shape, -1)
-                given = self.affinity(queries[rows], examples, overwrite_features=True)
-                if given.shape != part.shape:
-                    raise ValueError(
-                        f"{self.affinity.parameter} must give a tensor of shape "
-                        f"{tuple(part.shape)}, it gave {tuple(given.shape)}."
-                    )
+                given = self._affinities(queries[rows], part, take)
                 exact[rows, left : left + n_columns] = given
         return self.affinity.check_finite(exact)
+
+    def _affinities(self, queries: Tensor, places: Tensor, take: Take) -> Tensor:
+        examples = take(places.flatten()).view(*places.shape, -1)
+        given = self.affinity(queries, examples, overwrite_features=True)
+        if given.shape != places.shape:
+            raise ValueError(
+                f"{self.affinity.parameter} must give a tensor of shape {tuple(places.shape)}, it "
+                f"gave {tuple(given.shape)}."
+            )
+        return given
 
 
 def measure_geometry(store: ExampleStore, affinity: Affinity) -> tuple[Geometry, Tensor]:
