@@ -234,10 +234,17 @@ class ExampleStore(DeviceTensors):
         Yields
         ------
         torch.Tensor of shape (n, n_features)
+            Overwritten by the next one.
         """
         step = max(1, n_bytes // (self.examples.shape[1] * like.element_size()))
-        for piece in torch.split(self.examples, step):
-            yield piece.to(like)
+        pieces = torch.split(self.examples, step)
+        if self.examples.dtype == like.dtype and self.examples.device == like.device:
+            yield from pieces
+            return
+        # New memory for every piece would take up to twice the time of the conversion.
+        buffer = like.new_empty(pieces[0].shape)
+        for piece in pieces:
+            yield buffer[: len(piece)].copy_(piece)
 
     def sample(self) -> Tensor:
         """Return some of the stored examples, drawn at random, in full precision.
