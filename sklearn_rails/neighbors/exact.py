@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn import get_config
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -22,6 +22,9 @@ from .store import BLOCK_BYTES, ExampleStore
 # in pieces of 1 MiB takes 1.1 to 1.7 times as long as full precision (one query, 6,000 x 4,096 and
 # 20,000 x 64 or 512), in pieces of 256 KiB or 4 MiB 1.2 to 3.8 times as long.
 PIECE_BYTES = 2**20
+
+# Number of values of a query that ranking one candidate holds at a time: scores, places and masks.
+RANKED_VALUES = 12
 
 # Number of candidates beyond n_neighbors in each class that are looked at first, in full and in
 # half precision; where rounding may have moved a neighbour by more places, the number is doubled.
@@ -38,14 +41,14 @@ class AllPairsSearch(Search):
         for start, size in zip(self.order.starts.tolist(), self.order.sizes, strict=True):
             places = torch.arange(start, start + size, device=queries.device)
             places = pad(places, (0, max(0, n_neighbors - size)), value=-1)
-            # As much memory as a block of scores takes.
-            step = max(1, BLOCK_BYTES // (len(places) * queries.element_size()))
+            step = block_rows(queries, 0, len(places))
             parts = [
                 self.rank(q, places.expand(len(q), 1, -1), n_neighbors, take)
                 for q in torch.split(queries, step)
             ]
-            found.append(concatenate(parts))
-        return concatenate(found, dim=1)
+            found.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        affinity, ranked = (torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True))
+        return affinity, ranked
 
 
 class ProductSearch(AllPairsSearch):
@@ -82,14 +85,24 @@ class ProductSearch(AllPairsSearch):
 
     def find(self, queries: Tensor, n_neighbors: int, take: Take) -> tuple[Tensor, Tensor]:
         """Find neighbours, as :meth:`~sklearn_rails.neighbors.search.Search.find` says."""
-        step = max(1, BLOCK_BYTES // (len(self.store.examples) * queries.element_size()))
         slack = SLACK_FLOAT16 if self.store.needs_recompute else SLACK
-        return concatenate(
-            [
-                self._find_block(block, n_neighbors, n_neighbors + slack, take)
-                for block in (torch.split(queries, step) if len(queries) > step else [queries])
-            ]
-        )
+        n_candidates = n_neighbors + slack
+        n_found = len(self.order.sizes) * n_candidates
+        step = block_rows(queries, len(self.store.examples), n_found)
+        if len(queries) <= step:
+            return self._find_block(queries, n_neighbors, n_candidates, take)
+        # Allocated once: pieces that stay between the blocks would fragment the memory.
+        affinity, places = self._allocate_found(queries, n_neighbors)
+        for first in range(0, len(queries), step):
+            rows = slice(first, first + step)
+            affinity[rows], places[rows] = self._find_block(
+                queries[rows], n_neighbors, n_candidates, take
+            )
+        return affinity, places
+
+    def _allocate_found(self, queries: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor]:
+        affinity = queries.new_empty(len(queries), len(self.order.sizes), n_neighbors)
+        return affinity, torch.empty_like(affinity, dtype=torch.int64)
 
     def _find_block(
         self, queries: Tensor, n_neighbors: int, n_candidates: int, take: Take
@@ -147,9 +160,7 @@ class ProductSearch(AllPairsSearch):
     ) -> tuple[Tensor, Tensor]:
         """Compare the queries whose scores overflow with every example."""
         mask = torch.from_numpy(usable).to(queries.device)
-        shape = len(queries), len(self.order.sizes), n_neighbors
-        affinity = queries.new_empty(shape)
-        places = torch.empty(shape, dtype=torch.int64, device=queries.device)
+        affinity, places = self._allocate_found(queries, n_neighbors)
         affinity[~mask], places[~mask] = super().find(queries[~mask], n_neighbors, take)
         if usable.any():
             affinity[mask], places[mask] = self._find_block(
@@ -262,19 +273,21 @@ def product_is_exact(tensor: Tensor) -> bool:
     return not made or made[0] == "ieee"
 
 
-def concatenate(parts: Sequence[tuple[Tensor, Tensor]], dim: int = 0) -> tuple[Tensor, Tensor]:
-    """Concatenate affinities and places that were found in parts.
+def block_rows(queries: Tensor, n_scores: int, n_candidates: int) -> int:
+    """Return the number of queries that are searched for at a time.
 
     Parameters
     ----------
-    parts : list of pair of torch.Tensor
-    dim : int, default=0
+    queries : torch.Tensor of shape (n, n_features)
+    n_scores, n_candidates : int
+        Number of scores of a query, and of candidates that are ranked.
 
     Returns
     -------
-    affinity, places : torch.Tensor
+    int
+        So many that they take a block, and at most half of scikit-learn's ``working_memory``.
     """
-    affinity, places = zip(*parts, strict=True)
-    if len(affinity) == 1:
-        return affinity[0], places[0]
-    return torch.cat(affinity, dim=dim), torch.cat(places, dim=dim)
+    budget = min(BLOCK_BYTES, int(get_config()["working_memory"] * 2**19))
+    # The candidates' scores, places, order and copies of these.
+    n_values = n_scores + queries.shape[1] + RANKED_VALUES * n_candidates
+    return max(1, budget // (n_values * queries.element_size()))

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._conformal import sample_rows
 from .affinity import resolve_affinity
 from .base import ProductAffinity
 from .estimators import EstimatorSearch
 from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch
 from .order import ClassOrder
 from .search import Recompute, Search, measure_geometry
-from .store import ExactNeighbors, ExampleStore
+from .store import BLOCK_BYTES, TYPICAL_ROWS, ExactNeighbors, ExampleStore
 
 
 class ClassNeighbors:
@@ -103,7 +104,16 @@ class ClassNeighbors:
         ValueError
             If features are not finite, or as :meth:`start` and :meth:`build` raise it.
         """
-        return self.start(y, n_classes).add(slice(0, len(features)), features).build()
+        self.start(y, n_classes)
+        # Of all examples, which the first block need not be typical of.
+        sample = features[sample_rows(len(features), TYPICAL_ROWS, rng=0)]
+        self._allocate(self.affinity.prepare(sample))
+        # What is computed on the way takes as much memory as a block, not as all features.
+        step = max(1, BLOCK_BYTES // max(1, features[:1].nbytes))
+        for first in range(0, len(features), step):
+            rows = slice(first, min(first + step, len(features)))
+            self.add(rows, features[rows])
+        return self.build()
 
     def start(self, y: NDArray[np.integer], n_classes: int) -> ClassNeighbors:
         """Prepare for examples that come in blocks.
@@ -155,13 +165,16 @@ class ClassNeighbors:
         """
         features = self.affinity.prepare(features)
         if self.store.is_empty:
-            n_samples = len(self._inverse_order)
-            self.store.allocate(n_samples, features)
-            self._blank = torch.zeros(n_samples, dtype=torch.bool, device=features.device)
+            self._allocate(features)
         places = self._inverse_order[rows].to(features.device)
         self._blank[places] = self.affinity.find_blank(features)
         self.store.add(places, features)
         return self
+
+    def _allocate(self, sample: Tensor) -> None:
+        n_samples = len(self._inverse_order)
+        self.store.allocate(n_samples, sample)
+        self._blank = torch.zeros(n_samples, dtype=torch.bool, device=sample.device)
 
     def build(self) -> ClassNeighbors:
         """Index the examples that were added.
@@ -235,7 +248,7 @@ class ClassNeighbors:
         is_cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
             affinity, places = search.find(queries, n_neighbors, take)
-            return affinity, torch.where(places < 0, places, self._order.index[places])
+            return affinity, self._order.index[places].masked_fill_(places < 0, -1)
 
     @property
     def needs_recompute(self) -> bool:
