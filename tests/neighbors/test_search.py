@@ -66,7 +66,10 @@ def test_a_query_has_the_same_neighbours_alone_and_among_others(storage, affinit
     # Compared with every example.
     search = neighbors._search
     every = exact.AllPairsSearch.find(
-        search, search.prepare(Q), 7, search.reader(Q, X.__getitem__ if storage == "float16" else None)
+        search,
+        search.prepare(Q),
+        7,
+        search.reader(Q, X.__getitem__ if storage == "float16" else None),
     )
     assert_array_equal(whole[0], every[0])
     assert_array_equal(whole[1], neighbors.index[every[1]])
