@@ -70,6 +70,9 @@ class Cosine(DistanceAffinity):
     [[1.0, 0.0]]
     """
 
+    # Scores are relative to the centre. Near it they tell vectors apart whose cosines are equal.
+    bounds_own_rounding = False
+
     def __call__(
         self, antigens: Tensor, features: Tensor, *, overwrite_features: bool = False
     ) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .geometry import Geometry
 from .norms import dtype_name
 
-Numbers: TypeAlias = float | NDArray[np.float64]
+# A float, or an array of float64.
+Numbers: TypeAlias = Any
 
 
 class Affinity:
@@ -174,9 +174,17 @@ class ProductAffinity(Affinity):
     The score of an example is the product of the prepared query and the stored example, plus an
     offset of the example. Among the examples of a query, scores are in the order of the affinity
     but for their error.
+
+    Attributes
+    ----------
+    bounds_own_rounding : bool
+        Whether :meth:`score_error` is at least what rounds the affinity itself. Then the examples
+        that a query is compared with in full do not depend on how scores are computed, and
+        sketches may rule out most of them.
     """
 
     has_quick_score = True
+    bounds_own_rounding: bool = True
     permutation_invariant = True
 
     def offsets(self, norms: Tensor, geometry: Geometry, blank: Tensor) -> Tensor:

@@ -16,12 +16,17 @@ from .geometry import Geometry
 from .norms import norm, normalize_rows
 from .order import ClassOrder, find_top_scores
 from .search import Recompute, Search, Take
+from .sketch import Sketch
 from .store import BLOCK_BYTES, ExampleStore
 
 # Size in bytes of the pieces that examples are converted in for a product on a CPU. Half precision
 # in pieces of 1 MiB takes 1.1 to 1.7 times as long as full precision (one query, 6,000 x 4,096 and
 # 20,000 x 64 or 512), in pieces of 256 KiB or 4 MiB 1.2 to 3.8 times as long.
 PIECE_BYTES = 2**20
+
+# Maximum number of queries that are compared with sketches first, and share of the examples that
+# these may leave over: beyond them the product with all examples takes less time.
+MAX_SKETCHED, MAX_SHARE = 8, 1 / 8
 
 # Number of values of a query that ranking one candidate holds at a time: scores, places and masks.
 RANKED_VALUES = 12
@@ -80,8 +85,20 @@ class ProductSearch(AllPairsSearch):
     ) -> None:
         super().__init__(affinity, order, store, geometry)
         self._offsets = offsets
+        self.sketch: Sketch | None = None
         # The largest norm of an example, relative to the centre.
         self._reach = geometry.max_norm
+
+    def move_to(self, device: torch.device) -> None:
+        """Move to a device.
+
+        Parameters
+        ----------
+        device : torch.device
+        """
+        super().move_to(device)
+        if self.sketch is not None:
+            self.sketch.move_to(device)
 
     def find(self, queries: Tensor, n_neighbors: int, take: Take) -> tuple[Tensor, Tensor]:
         """Find neighbours, as :meth:`~sklearn_rails.neighbors.search.Search.find` says."""
@@ -110,11 +127,15 @@ class ProductSearch(AllPairsSearch):
         moved = self._move_queries(queries)
         norms = norm(moved)
         self.affinity.check_queries(self.geometry, norms)
-        top, places = find_top_scores(self._scores(moved), self.order, n_candidates)
+        best = None
+        if self.sketch is not None and len(queries) <= MAX_SKETCHED:
+            best = self._scores_of_best(moved, norms, n_neighbors)
+        best = self._scores(moved) if best is None else best
+        top, places = find_top_scores(best, self.order, n_candidates)
         # The decisions below are a few numbers for each query, for which numpy takes less time.
         scores, lengths = top.cpu().numpy(), norms.cpu().numpy().astype(np.float64)
         last = scores[..., n_neighbors - 1].astype(np.float64)
-        usable = self._find_usable(lengths, scores[..., :n_neighbors])
+        usable = self._find_usable(lengths, scores[..., :n_neighbors], self._longest(moved))
         if usable is not None:
             return self._find_apart(queries, usable, n_neighbors, n_candidates, take)
         # What the error of the scores may have put behind the last neighbour, or before it.
@@ -136,13 +157,56 @@ class ProductSearch(AllPairsSearch):
                 )
         return affinity, ranked
 
+    def _scores_of_best(self, moved: Tensor, norms: Tensor, n_neighbors: int) -> Tensor | None:
+        """Return the scores that may be among the highest, and minus infinity for all others.
+
+        None where too many may be, or bounds may have overflowed.
+        """
+        assert self.sketch is not None
+        lengths = norms.cpu().numpy().astype(np.float64)
+        is_plain = moved.device.type == "cpu" and product_is_exact(moved)
+        if not is_plain or self.order.smallest < n_neighbors:
+            return None
+        if not lengths.max() < self._longest(moved):
+            return None
+        # Scores differ from those relative to the centre by a constant of each query.
+        constants = torch.mv(moved, self.geometry.center).mul_(self.geometry.unit)
+        bounds = torch.addmm(self._offsets, self.sketch(moved), self.sketch.examples.T)
+        bounds += constants[:, None]
+        promising = find_top_scores(bounds, self.order, n_neighbors)[1].flatten(1)
+        lowest = self._scores_at(moved, promising).view(len(moved), -1, n_neighbors).amin(dim=2)
+        last = lowest.numpy().astype(np.float64)
+        # Bounds err as products do, and a little more since the basis is rounded as well.
+        bar = last - 10 * self._score_error(moved, lengths[:, None], last)
+        bars = torch.from_numpy(np.repeat(bar, self.order.sizes, axis=1))
+        scores = torch.full_like(bounds, -torch.inf)
+        most = min(
+            MAX_SHARE * bounds.shape[1], BLOCK_BYTES / (moved.shape[1] * moved.element_size())
+        )
+        for i, contends in enumerate(bounds >= bars):
+            left = contends.nonzero()[:, 0]
+            if len(left) > most:
+                return None
+            scores[i, left] = self._scores_at(moved[i : i + 1], left[None])[0]
+        return scores
+
+    def _scores_at(self, moved: Tensor, places: Tensor) -> Tensor:
+        scores = []
+        for query, few in zip(moved * self.geometry.unit, places, strict=True):
+            examples = self.store.examples.index_select(0, few).to(moved)
+            scores.append(torch.addmv(self._offsets[few], examples, query))
+        return torch.stack(scores)
+
+    def _longest(self, queries: Tensor) -> float:
+        # Squares of the norms are compared with scores, in double precision.
+        limit = torch.finfo(queries.dtype).max / 16
+        return min(limit / (self._reach + self.geometry.center_norm + 1), 2.0**500)
+
     def _find_usable(
-        self, norms: NDArray[np.float64], top: NDArray[Any]
+        self, norms: NDArray[np.float64], top: NDArray[Any], longest: float
     ) -> NDArray[np.bool_] | None:
         """Check which queries have no score that may have overflowed; None if all of them."""
         limit = float(np.finfo(top.dtype).max) / 16
-        # Squares of the norms are compared with scores, in double precision.
-        longest = min(limit / (self._reach + self.geometry.center_norm + 1), 2.0**500)
         # The highest scores come first, NaN before them.
         if norms.max() < longest and top[..., 0].max() < limit and top[..., -1].min() > -limit:
             return None

@@ -15,9 +15,10 @@ from .._conformal import sample_rows
 from .affinity import resolve_affinity
 from .base import ProductAffinity
 from .estimators import EstimatorSearch
-from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch
+from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch, product_is_exact
 from .order import ClassOrder
 from .search import Recompute, Search, measure_geometry
+from .sketch import make_sketch
 from .store import BLOCK_BYTES, TYPICAL_ROWS, ExactNeighbors, ExampleStore
 
 
@@ -199,7 +200,11 @@ class ClassNeighbors:
             )
         elif isinstance(self.affinity, ProductAffinity):
             offsets = self.affinity.offsets(norms, geometry, self._blank)
-            self._search = ProductSearch(self.affinity, *parts[1:], offsets)
+            search = ProductSearch(self.affinity, *parts[1:], offsets)
+            if self.affinity.bounds_own_rounding and product_is_exact(norms):
+                with torch.autocast(norms.device.type, enabled=False):
+                    search.sketch = make_sketch(self.store, geometry, self._order)
+            self._search = search
         else:
             self._search = AllPairsSearch(*parts)
         del self._inverse_order, self._blank

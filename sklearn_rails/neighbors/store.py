@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
@@ -253,8 +254,16 @@ class ExampleStore(DeviceTensors):
         -------
         torch.Tensor of shape (n, n_features)
         """
-        rows = sample_rows(len(self.examples), TYPICAL_ROWS, rng=0)
-        return self.examples[rows].to(self.shift)
+        return self.examples[self.sample_places()].to(self.shift)
+
+    def sample_places(self) -> NDArray[np.int64]:
+        """Return the places of the examples that :meth:`sample` returns.
+
+        Returns
+        -------
+        ndarray of shape (n,), int64
+        """
+        return sample_rows(len(self.examples), TYPICAL_ROWS, rng=0)
 
     def shift_features(self, columns: Tensor, constants: Tensor) -> None:
         """Store features as differences from constants, where no example loses a bit by that.
