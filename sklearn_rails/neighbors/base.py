@@ -316,9 +316,8 @@ class DistanceAffinity(ProductAffinity):
         ndarray that broadcasts to (n, n_classes), or float
             The bound. Of a float it holds for every score from there to that of the nearest.
         """
-        # Operators alone, which single numbers share with arrays.
         unit, center = product_rounding(queries), geometry.center_norm
-        near = (4 * norms + geometry.max_norm - abs(4 * norms - geometry.max_norm)) / 2
+        near = np.minimum(4 * norms, geometry.max_norm)
         error = (norms + near) * near + norms * center
         inner: Numbers = 0.0
         if center > 0:

@@ -167,7 +167,12 @@ class ProductSearch(AllPairsSearch):
         is_plain = moved.device.type == "cpu" and product_is_exact(moved)
         if not is_plain or self.order.smallest < n_neighbors:
             return None
-        if not lengths.max() < self._longest(moved):
+        longest = self._longest(moved)
+        if self.affinity.is_distance:
+            # Distances from a query that is farther out than every example are rounded by more
+            # than their scores err, and which examples tie depends on those that are compared.
+            longest = min(longest, self.geometry.max_norm)
+        if not lengths.max() < longest:
             return None
         # Scores differ from those relative to the centre by a constant of each query.
         constants = torch.mv(moved, self.geometry.center).mul_(self.geometry.unit)

@@ -16,8 +16,9 @@ from .store import BLOCK_BYTES, ExampleStore
 # are projections on the first principal directions of a sample, and the norm of the rest.
 MIN_FEATURES, MAX_SIZE = 512, 128
 
-# Maximum share of a class's examples that sketches of a sample may leave over.
-MAX_LEFT = 0.1
+# Maximum share of a class's examples that sketches may leave over in a sample. At 1 % one query
+# takes half the time of the product with all examples, at 6 % as much (20,000 x 6,272).
+MAX_LEFT = 0.05
 
 # Number of samples of a class that the share is estimated from, at least.
 MIN_MEMBERS = 8
@@ -80,7 +81,8 @@ class Sketch(DeviceTensors):
             members = (classes == c).nonzero()[:, 0]
             if len(members) >= MIN_MEMBERS:
                 best = scores[:, members].amax(dim=1, keepdim=True)
-                left.append((bounds[:, members] >= best).double().mean())
+                # Besides the nearest one itself.
+                left.append((bounds[:, members] >= best).double().mean() - 1 / len(members))
         return bool(left) and float(torch.stack(left).mean()) <= MAX_LEFT
 
 

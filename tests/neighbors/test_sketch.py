@@ -35,7 +35,7 @@ def search_without_sketch(neighbors, *args):
         search.sketch = kept
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(
     seed=st.integers(0, 10**6),
     n_queries=st.integers(1, 6),
