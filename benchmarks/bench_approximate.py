@@ -96,7 +96,8 @@ def main():
     print(f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     for name in set(INDEXES) - set(available):
         print(f"{name} cannot be imported, and is left out")
-    print(f"{'n':>8} {'d':>4} {'index':<12} {'recall@10':>9} {'worst':>6} {'query':>9} {'build':>8}")
+    header = f"{'n':>8} {'d':>4} {'index':<12} {'recall@10':>9}"
+    print(f"{header} {'worst':>6} {'query':>9} {'build':>8}")
     for n in options.sizes:
         for d in options.features:
             X, y, Q = make_features(n, d, options.queries)
