@@ -2,7 +2,7 @@
 
 Every line is a ratio measured in one run, with the limit it is held to; the exit status is not zero
 if one falls short. Timings take the median of pairs. ``--only overhead neighbours`` picks parts,
-``--repeat`` sets the number of pairs.
+``--repeat`` sets the number of pairs. ``memory_large`` takes 5 GiB, and runs only if it is picked.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sklearn_rails.demo import SmallCNN
 from sklearn_rails.features.batching import BatchLayout
 from sklearn_rails.features.truncation import TruncatedNetwork
 from sklearn_rails.immune.random import generation_uniforms
-from sklearn_rails.neighbors import ClassNeighbors
+from sklearn_rails.neighbors import ClassNeighbors, ExactNeighbors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import literal  # the slow loop that the tests hold the engine to
@@ -146,6 +146,20 @@ def bench_neighbours(repeat):
                 1.2,
                 f"{1e3 * ours / n_queries:.3f} / {1e3 * theirs / n_queries:.3f} ms a query",
             )
+        rows, query = torch.from_numpy(X), torch.from_numpy(Q[:1])
+        half = ClassNeighbors(algorithm=ExactNeighbors("float16")).fit(rows, y, n_classes)
+        ours, theirs, ratio = time_pairs(
+            lambda half=half, query=query, rows=rows: half.kneighbors(query, k, rows.__getitem__),
+            lambda neighbors=neighbors, query=query: neighbors.kneighbors(query, k),
+            5 * repeat,
+        )
+        yield (
+            f"half / full precision, d = {d}, 1 query, {n:,} rows",
+            ratio,
+            "<=",
+            2,
+            f"{1e3 * ours:.3f} / {1e3 * theirs:.3f} ms",
+        )
 
 
 def bench_loops(repeat):
@@ -295,15 +309,7 @@ def bench_passes(repeat, data_home, n_rows=300):
 
 def bench_memory(repeat):
     """Peak memory of predicting 10 times as many rows, but for inputs and outputs."""
-    peaks = {}
-    for n_rows in (400, 4_000):
-        run = subprocess.run(
-            [sys.executable, __file__, "--measure-memory", str(n_rows)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks[n_rows] = float(run.stdout)
+    peaks = {n_rows: run_measurement("memory", n_rows) for n_rows in (400, 4_000)}
     yield (
         "peak memory of 4,000 rows / 400 rows, digits, T = 200, working_memory 64 MiB",
         peaks[4_000] / peaks[400],
@@ -313,11 +319,42 @@ def bench_memory(repeat):
     )
 
 
-def measure_memory(n_rows):
-    X, y = make_images(2_000, (64,))
-    rails = RAILSClassifier(early_stopping=False, generations=2, random_state=SEED).fit(X, y)
-    with sklearn.config_context(working_memory=64):
-        rails.predict(np.resize(X, (n_rows, 64)))
+def bench_memory_large(repeat):
+    """Peak memory of indexing and searching 1,000,000 rows of 512 features, which are 1.9 GiB."""
+    n_rows, d = 1_000_000, 512
+    yield (
+        f"peak memory in GiB of fit and 100 queries, {n_rows:,} rows, d = {d}",
+        run_measurement("memory_large", n_rows) / 1024,
+        "<=",
+        8,
+        f"the features alone {4 * n_rows * d / 2**30:.1f} GiB",
+    )
+
+
+def run_measurement(part, n_rows):
+    """Run a measurement in a process of its own, and return the peak of its memory in MiB."""
+    run = subprocess.run(
+        [sys.executable, __file__, "--only", part, "--measure-memory", str(n_rows)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(run.stdout)
+
+
+def measure_memory(part, n_rows):
+    if part == "memory_large":
+        rng = np.random.default_rng(SEED)
+        X, y = rng.standard_normal((n_rows, 512), dtype=np.float32), rng.integers(10, size=n_rows)
+        features = torch.from_numpy(X)
+        neighbors = ClassNeighbors().fit(features, y, 10)
+        neighbors.kneighbors(features[:1] + 0.1, 10)
+        neighbors.kneighbors(features[:100] + 0.1, 10)
+    else:
+        X, y = make_images(2_000, (64,))
+        rails = RAILSClassifier(early_stopping=False, generations=2, random_state=SEED).fit(X, y)
+        with sklearn.config_context(working_memory=64):
+            rails.predict(np.resize(X, (n_rows, 64)))
     # The peak of this process alone; getrusage has that of the parent too.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(int(peak) / 1024)
@@ -329,18 +366,20 @@ PARTS = {
     "loops": bench_loops,
     "passes": bench_passes,
     "memory": bench_memory,
+    "memory_large": bench_memory_large,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    usual = [part for part in PARTS if part != "memory_large"]
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=usual)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--data-home", help="folder of mnist.npz and svhn_subset.npz")
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_memory:
-        return measure_memory(options.measure_memory)
+        return measure_memory(options.only[0], options.measure_memory)
     print(
         f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, numpy {np.__version__}, "
         f"{torch.get_num_threads()} thread(s), {platform.machine()}\n"

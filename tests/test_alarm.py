@@ -48,7 +48,11 @@ def test_a_scorer_takes_network_layers_and_shape_of_its_classifier(task):
     assert repr(scorer) == "ThreatScorer()"
     assert rails.threat_scorer is scorer
     explicit = ThreatScorer(
-        network, layers=["conv1", "conv2"], input_shape=SHAPE, random_state=rails.seed_
+        network,
+        layers=["conv1", "conv2"],
+        input_shape=SHAPE,
+        batch_size=16,
+        random_state=rails.seed_,
     ).fit(X, y)
     assert_array_equal(fitted.score_samples(clean), explicit.score_samples(clean))
     assert (rails.threat_scorer_.predict(attacked) == -1).mean() > 0.8

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Affinity, DistanceAffinity, ProductAffinity, product_rounding
+from .base import Affinity, DistanceAffinity, Numbers, ProductAffinity, product_rounding
 from .geometry import Geometry
 from .norms import dtype_name, is_within, norm, normalize_rows
 
@@ -69,6 +69,9 @@ class Cosine(DistanceAffinity):
     >>> Cosine()(torch.tensor([[1.0, 0.0]]), torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])).tolist()
     [[1.0, 0.0]]
     """
+
+    # Scores are relative to the centre. Near it they tell vectors apart whose cosines are equal.
+    bounds_own_rounding = False
 
     def __call__(
         self, antigens: Tensor, features: Tensor, *, overwrite_features: bool = False
@@ -173,8 +176,8 @@ class InnerProduct(ProductAffinity):
         return torch.zeros_like(norms)
 
     def score_error(
-        self, geometry: Geometry, queries: Tensor, norms: Tensor, scores: Tensor
-    ) -> Tensor:
+        self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
+    ) -> Numbers:
         """Compute a bound of the rounding error of products.
 
         Parameters
@@ -183,15 +186,16 @@ class InnerProduct(ProductAffinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : torch.Tensor of shape (n, 1, 1)
+        norms : ndarray of shape (n, 1), or float
             Norms of the queries.
-        scores : torch.Tensor of shape (n, n_classes, 1)
-            Of the last neighbour in each class.
+        scores : ndarray of shape (n, n_classes), or float
+            Of the last neighbour in each class; minus infinity where there is none. A float is
+            the lowest of all classes, for a single query whose norm is a float as well.
 
         Returns
         -------
-        torch.Tensor that broadcasts to (n, n_classes, 1)
-            The bound.
+        ndarray that broadcasts to (n, n_classes), or float
+            The bound. Of a float it holds for every score from there to that of the nearest.
         """
         error = product_rounding(queries) * geometry.max_norm + geometry.max_rounding_error
         return norms * error

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .geometry import Geometry
 from .norms import dtype_name
+
+# A float, or an array of float64.
+Numbers: TypeAlias = Any
 
 
 class Affinity:
@@ -170,9 +174,17 @@ class ProductAffinity(Affinity):
     The score of an example is the product of the prepared query and the stored example, plus an
     offset of the example. Among the examples of a query, scores are in the order of the affinity
     but for their error.
+
+    Attributes
+    ----------
+    bounds_own_rounding : bool
+        Whether :meth:`score_error` is at least what rounds the affinity itself. Then the examples
+        that a query is compared with in full do not depend on how scores are computed, and
+        sketches may rule out most of them.
     """
 
     has_quick_score = True
+    bounds_own_rounding: bool = True
     permutation_invariant = True
 
     def offsets(self, norms: Tensor, geometry: Geometry, blank: Tensor) -> Tensor:
@@ -195,8 +207,8 @@ class ProductAffinity(Affinity):
         raise NotImplementedError
 
     def score_error(
-        self, geometry: Geometry, queries: Tensor, norms: Tensor, scores: Tensor
-    ) -> Tensor:
+        self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
+    ) -> Numbers:
         """Compute a bound of the rounding error of scores near those of the last neighbours.
 
         Parameters
@@ -205,15 +217,16 @@ class ProductAffinity(Affinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : torch.Tensor of shape (n, 1, 1)
+        norms : ndarray of shape (n, 1), or float
             Norms of the queries.
-        scores : torch.Tensor of shape (n, n_classes, 1)
-            Of the last neighbour in each class.
+        scores : ndarray of shape (n, n_classes), or float
+            Of the last neighbour in each class; minus infinity where there is none. A float is
+            the lowest of all classes, for a single query whose norm is a float as well.
 
         Returns
         -------
-        torch.Tensor that broadcasts to (n, n_classes, 1)
-            The bound.
+        ndarray that broadcasts to (n, n_classes), or float
+            The bound. Of a float it holds for every score from there to that of the nearest.
         """
         raise NotImplementedError
 
@@ -282,8 +295,8 @@ class DistanceAffinity(ProductAffinity):
         return (norms.square() / -2).clamp_(min=lowest)
 
     def score_error(
-        self, geometry: Geometry, queries: Tensor, norms: Tensor, scores: Tensor
-    ) -> Tensor:
+        self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
+    ) -> Numbers:
         """Compute a bound of the rounding error of scores near those of the last neighbours.
 
         Parameters
@@ -292,32 +305,35 @@ class DistanceAffinity(ProductAffinity):
             Of the stored examples.
         queries : torch.Tensor of shape (n, n_features)
             Relative to the origin, and scaled.
-        norms : torch.Tensor of shape (n, 1, 1)
+        norms : ndarray of shape (n, 1), or float
             Norms of the queries.
-        scores : torch.Tensor of shape (n, n_classes, 1)
-            Of the last neighbour in each class.
+        scores : ndarray of shape (n, n_classes), or float
+            Of the last neighbour in each class; minus infinity where there is none. A float is
+            the lowest of all classes, for a single query whose norm is a float as well.
 
         Returns
         -------
-        torch.Tensor that broadcasts to (n, n_classes, 1)
-            The bound.
+        ndarray that broadcasts to (n, n_classes), or float
+            The bound. Of a float it holds for every score from there to that of the nearest.
         """
-        info = torch.finfo(queries.dtype)
-        unit = product_rounding(queries)
-        if geometry.center_norm > 0:
-            scores = scores - torch.mv(queries, geometry.center)[:, None, None] * geometry.unit
-        near = (4 * norms).clamp_(max=geometry.max_norm)
-        error = (norms + near).mul_(near).add_(norms, alpha=geometry.center_norm)
+        unit, center = product_rounding(queries), geometry.center_norm
+        near = np.minimum(4 * norms, geometry.max_norm)
+        error = (norms + near) * near + norms * center
+        inner: Numbers = 0.0
+        if center > 0:
+            inner = torch.mv(queries, geometry.center).cpu().numpy().astype(np.float64)
+            inner = inner.item() if isinstance(norms, float) else inner[:, None]
         # Scores of examples that are more than 4 times as far from the centre as the query, which
         # are below -4 |query|^2, err by 10 units of themselves at most.
-        far = scores.abs().sub_(norms.square(), alpha=3).relu_()
-        error = torch.add(error, far, alpha=40).mul_(unit).add_(queries.shape[1] * info.tiny)
+        far = abs(scores - inner * geometry.unit) - 3 * norms * norms
+        error = error + 40 * far * (far > 0)
+        error = unit * error + queries.shape[1] * torch.finfo(queries.dtype).tiny
         rounding = geometry.max_rounding_error
         if rounding == 0:
             return error
         # An example that is e away from its true place has a distance that errs by e.
-        distance = (norms.square() - 2 * scores).clamp_(min=0).sqrt_()
-        return error + rounding * (distance + rounding)
+        square = norms * norms - 2 * scores
+        return error + rounding * ((square * (square > 0)) ** 0.5 + rounding)
 
 
 def product_rounding(queries: Tensor) -> float:

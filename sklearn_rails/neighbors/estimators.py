@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .base import Affinity
 from .geometry import Geometry
-from .search import ClassOrder, Search, Take
+from .order import ClassOrder
+from .search import Search, Take
 from .store import ExampleStore
 
 # Number of neighbours that an index is asked for beyond n_neighbors. Its distances are rounded as

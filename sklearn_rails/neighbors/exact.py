@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from sklearn import get_config
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import ProductAffinity, product_rounding
+from .base import Numbers, ProductAffinity, product_rounding
 from .geometry import Geometry
 from .norms import norm, normalize_rows
-from .search import ClassOrder, Recompute, Search, Take
+from .order import ClassOrder, find_top_scores
+from .search import Recompute, Search, Take
+from .sketch import Sketch
 from .store import BLOCK_BYTES, ExampleStore
 
-# Size in bytes of the pieces that examples are converted in for a product on a CPU. Pieces of
-# 2 MiB take as long as examples that need no conversion (6,000 x 4,096, one query), pieces of
-# 64 MiB 7 times as long.
-PIECE_BYTES = 2 * 2**20
+# Size in bytes of the pieces that examples are converted in for a product on a CPU. Half precision
+# in pieces of 1 MiB takes 1.1 to 1.7 times as long as full precision (one query, 6,000 x 4,096 and
+# 20,000 x 64 or 512), in pieces of 256 KiB or 4 MiB 1.2 to 3.8 times as long.
+PIECE_BYTES = 2**20
+
+# Maximum number of queries that are compared with sketches first, and share of the examples that
+# these may leave over: beyond them the product with all examples takes less time.
+MAX_SKETCHED, MAX_SHARE = 8, 1 / 8
+
+# Number of values of a query that ranking one candidate holds at a time: scores, places and masks.
+RANKED_VALUES = 12
 
 # Number of candidates beyond n_neighbors in each class that are looked at first, in full and in
 # half precision; where rounding may have moved a neighbour by more places, the number is doubled.
@@ -35,14 +46,14 @@ class AllPairsSearch(Search):
         for start, size in zip(self.order.starts.tolist(), self.order.sizes, strict=True):
             places = torch.arange(start, start + size, device=queries.device)
             places = pad(places, (0, max(0, n_neighbors - size)), value=-1)
-            # As much memory as a block of scores takes.
-            step = max(1, BLOCK_BYTES // (len(places) * queries.element_size()))
+            step = block_rows(queries, 0, len(places))
             parts = [
                 self.rank(q, places.expand(len(q), 1, -1), n_neighbors, take)
                 for q in torch.split(queries, step)
             ]
-            found.append(concatenate(parts))
-        return concatenate(found, dim=1)
+            found.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        affinity, ranked = (torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True))
+        return affinity, ranked
 
 
 class ProductSearch(AllPairsSearch):
@@ -74,19 +85,41 @@ class ProductSearch(AllPairsSearch):
     ) -> None:
         super().__init__(affinity, order, store, geometry)
         self._offsets = offsets
+        self.sketch: Sketch | None = None
         # The largest norm of an example, relative to the centre.
         self._reach = geometry.max_norm
 
+    def move_to(self, device: torch.device) -> None:
+        """Move to a device.
+
+        Parameters
+        ----------
+        device : torch.device
+        """
+        super().move_to(device)
+        if self.sketch is not None:
+            self.sketch.move_to(device)
+
     def find(self, queries: Tensor, n_neighbors: int, take: Take) -> tuple[Tensor, Tensor]:
         """Find neighbours, as :meth:`~sklearn_rails.neighbors.search.Search.find` says."""
-        step = max(1, BLOCK_BYTES // (len(self.store.examples) * queries.element_size()))
         slack = SLACK_FLOAT16 if self.store.needs_recompute else SLACK
-        return concatenate(
-            [
-                self._find_block(block, n_neighbors, n_neighbors + slack, take)
-                for block in torch.split(queries, step)
-            ]
-        )
+        n_candidates = n_neighbors + slack
+        n_found = len(self.order.sizes) * n_candidates
+        step = block_rows(queries, len(self.store.examples), n_found)
+        if len(queries) <= step:
+            return self._find_block(queries, n_neighbors, n_candidates, take)
+        # Allocated once: pieces that stay between the blocks would fragment the memory.
+        affinity, places = self._allocate_found(queries, n_neighbors)
+        for first in range(0, len(queries), step):
+            rows = slice(first, first + step)
+            affinity[rows], places[rows] = self._find_block(
+                queries[rows], n_neighbors, n_candidates, take
+            )
+        return affinity, places
+
+    def _allocate_found(self, queries: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor]:
+        affinity = queries.new_empty(len(queries), len(self.order.sizes), n_neighbors)
+        return affinity, torch.empty_like(affinity, dtype=torch.int64)
 
     def _find_block(
         self, queries: Tensor, n_neighbors: int, n_candidates: int, take: Take
@@ -94,62 +127,115 @@ class ProductSearch(AllPairsSearch):
         moved = self._move_queries(queries)
         norms = norm(moved)
         self.affinity.check_queries(self.geometry, norms)
-        top, places = self._find_candidates(moved, n_candidates)
+        best = None
+        if self.sketch is not None and len(queries) <= MAX_SKETCHED:
+            best = self._scores_of_best(moved, norms, n_neighbors)
+        best = self._scores(moved) if best is None else best
+        top, places = find_top_scores(best, self.order, n_candidates)
+        # The decisions below are a few numbers for each query, for which numpy takes less time.
+        scores, lengths = top.cpu().numpy(), norms.cpu().numpy().astype(np.float64)
+        last = scores[..., n_neighbors - 1].astype(np.float64)
+        usable = self._find_usable(lengths, scores[..., :n_neighbors], self._longest(moved))
+        if usable is not None:
+            return self._find_apart(queries, usable, n_neighbors, n_candidates, take)
         # What the error of the scores may have put behind the last neighbour, or before it.
-        last = top[..., n_neighbors - 1 : n_neighbors]
-        overflows = self._find_overflows(norms, top[..., :n_neighbors])
-        if overflows is not None:
-            affinity = queries.new_empty(*top.shape[:2], n_neighbors)
-            ranked = places.new_empty(affinity.shape)
-            affinity[overflows], ranked[overflows] = super().find(
-                queries[overflows], n_neighbors, take
-            )
-            usable = ~overflows
-            if usable.any():
-                affinity[usable], ranked[usable] = self._find_block(
-                    queries[usable], n_neighbors, n_candidates, take
-                )
-            return affinity, ranked
-        bar = last - 2 * self._score_error(moved, norms[:, None, None], last)
-        contends = top >= bar.clamp_(min=torch.finfo(top.dtype).min)
-        n_contenders = max(n_neighbors, int(contends.sum(dim=2).max()))
+        lowest = float(last.min())
+        if len(queries) == 1 and lowest > -np.inf:
+            error = self._score_error(moved, float(lengths[0]), lowest)
+        else:
+            error = self._score_error(moved, lengths[:, None], last)
+        contends = scores >= np.maximum(last - 2 * error, np.finfo(scores.dtype).min)[..., None]
+        n_contenders = max(n_neighbors, int(contends.sum(axis=2).max()))
         affinity, ranked = self.rank(queries, places[..., :n_contenders], n_neighbors, take)
         if n_contenders == n_candidates < max(self.order.sizes):
             # Something that was left out may stand above the last neighbour.
-            unsure = contends[..., -1].any(dim=1).nonzero()[:, 0]
+            unsure = torch.from_numpy(contends[..., -1].any(axis=1)).nonzero()[:, 0]
             if len(unsure):
+                unsure = unsure.to(queries.device)
                 affinity[unsure], ranked[unsure] = self._find_block(
                     queries[unsure], n_neighbors, 2 * n_candidates, take
                 )
         return affinity, ranked
 
-    def _find_candidates(self, moved: Tensor, n_candidates: int) -> tuple[Tensor, Tensor]:
-        """Return the best of each class by their scores, and these."""
-        sizes, best = self.order.sizes, []
-        for members in torch.split(self._scores(moved), sizes, dim=1):
-            k = min(n_candidates, members.shape[1])
-            values, found = members.topk(k, dim=1)
-            if k < n_candidates:
-                values = pad(values, (0, n_candidates - k), value=-torch.inf)
-                found = pad(found, (0, n_candidates - k))
-            best.append((values, found))
-        top, places = (torch.stack(parts, dim=1) for parts in zip(*best, strict=True))
-        places += self.order.starts[:, None]
-        if min(sizes) < n_candidates:
-            limits = torch.tensor(sizes, device=places.device)[:, None]
-            places.masked_fill_(torch.arange(n_candidates, device=places.device) >= limits, -1)
-        return top, places
+    def _scores_of_best(self, moved: Tensor, norms: Tensor, n_neighbors: int) -> Tensor | None:
+        """Return the scores that may be among the highest, and minus infinity for all others.
 
-    def _find_overflows(self, norms: Tensor, top: Tensor) -> Tensor | None:
-        """Check for which queries the scores may have overflowed; None if for none."""
-        limit = torch.finfo(top.dtype).max / 16
-        reach = self._reach + self.geometry.center_norm
-        low, high = torch.aminmax(top)
-        if norms.max().item() * reach < limit and -limit < low.item() and high.item() < limit:
+        None where too many may be, or bounds may have overflowed.
+        """
+        assert self.sketch is not None
+        lengths = norms.cpu().numpy().astype(np.float64)
+        is_plain = moved.device.type == "cpu" and product_is_exact(moved)
+        if not is_plain or self.order.smallest < n_neighbors:
             return None
-        there = top.masked_fill(top == -torch.inf, 0)
-        overflows = ~((norms * reach < limit) & (there.abs() < limit).all(dim=2).all(dim=1))
-        return overflows if overflows.any() else None
+        longest = self._longest(moved)
+        if self.affinity.is_distance:
+            # Distances from a query that is farther out than every example are rounded by more
+            # than their scores err, and which examples tie depends on those that are compared.
+            longest = min(longest, self.geometry.max_norm)
+        if not lengths.max() < longest:
+            return None
+        # Scores differ from those relative to the centre by a constant of each query.
+        constants = torch.mv(moved, self.geometry.center).mul_(self.geometry.unit)
+        bounds = torch.addmm(self._offsets, self.sketch(moved), self.sketch.examples.T)
+        bounds += constants[:, None]
+        promising = find_top_scores(bounds, self.order, n_neighbors)[1].flatten(1)
+        lowest = self._scores_at(moved, promising).view(len(moved), -1, n_neighbors).amin(dim=2)
+        last = lowest.numpy().astype(np.float64)
+        # Bounds err as products do, and a little more since the basis is rounded as well.
+        bar = last - 10 * self._score_error(moved, lengths[:, None], last)
+        bars = torch.from_numpy(np.repeat(bar, self.order.sizes, axis=1))
+        scores = torch.full_like(bounds, -torch.inf)
+        most = min(
+            MAX_SHARE * bounds.shape[1], BLOCK_BYTES / (moved.shape[1] * moved.element_size())
+        )
+        for i, contends in enumerate(bounds >= bars):
+            left = contends.nonzero()[:, 0]
+            if len(left) > most:
+                return None
+            scores[i, left] = self._scores_at(moved[i : i + 1], left[None])[0]
+        return scores
+
+    def _scores_at(self, moved: Tensor, places: Tensor) -> Tensor:
+        scores = []
+        for query, few in zip(moved * self.geometry.unit, places, strict=True):
+            examples = self.store.examples.index_select(0, few).to(moved)
+            scores.append(torch.addmv(self._offsets[few], examples, query))
+        return torch.stack(scores)
+
+    def _longest(self, queries: Tensor) -> float:
+        # Squares of the norms are compared with scores, in double precision.
+        limit = torch.finfo(queries.dtype).max / 16
+        return min(limit / (self._reach + self.geometry.center_norm + 1), 2.0**500)
+
+    def _find_usable(
+        self, norms: NDArray[np.float64], top: NDArray[Any], longest: float
+    ) -> NDArray[np.bool_] | None:
+        """Check which queries have no score that may have overflowed; None if all of them."""
+        limit = float(np.finfo(top.dtype).max) / 16
+        # The highest scores come first, NaN before them.
+        if norms.max() < longest and top[..., 0].max() < limit and top[..., -1].min() > -limit:
+            return None
+        within = (np.abs(top) < limit) | (top == -np.inf)
+        usable: NDArray[np.bool_] = (norms < longest) & within.all(axis=(1, 2))
+        return None if usable.all() else usable
+
+    def _find_apart(
+        self,
+        queries: Tensor,
+        usable: NDArray[np.bool_],
+        n_neighbors: int,
+        n_candidates: int,
+        take: Take,
+    ) -> tuple[Tensor, Tensor]:
+        """Compare the queries whose scores overflow with every example."""
+        mask = torch.from_numpy(usable).to(queries.device)
+        affinity, places = self._allocate_found(queries, n_neighbors)
+        affinity[~mask], places[~mask] = super().find(queries[~mask], n_neighbors, take)
+        if usable.any():
+            affinity[mask], places[mask] = self._find_block(
+                queries[mask], n_neighbors, n_candidates, take
+            )
+        return affinity, places
 
     def _move_queries(self, queries: Tensor) -> Tensor:
         moved = queries - self.geometry.origin
@@ -175,7 +261,7 @@ class ProductSearch(AllPairsSearch):
         pieces = self.store.pieces(wide, n_bytes)
         return torch.cat([torch.mm(wide, piece.T).to(queries) for piece in pieces], dim=1)
 
-    def _score_error(self, moved: Tensor, norms: Tensor, scores: Tensor) -> Tensor | float:
+    def _score_error(self, moved: Tensor, norms: Numbers, scores: Numbers) -> Numbers:
         return self.affinity.score_error(self.geometry, moved, norms, scores)
 
 
@@ -225,7 +311,7 @@ class UnitLengthSearch(ProductSearch):
         scores = self._products(moved).add_(shifted).div_(self._lengths)
         return scores.sub_(self._lengths.isfinite().to(scores), alpha=0.5)
 
-    def _score_error(self, moved: Tensor, norms: Tensor, scores: Tensor) -> float:
+    def _score_error(self, moved: Tensor, norms: Numbers, scores: Numbers) -> float:
         shift = float(norm(self.store.shift))
         return product_rounding(moved) * (2 + 2 * shift / float(self._lengths.min()))
 
@@ -256,17 +342,21 @@ def product_is_exact(tensor: Tensor) -> bool:
     return not made or made[0] == "ieee"
 
 
-def concatenate(parts: Sequence[tuple[Tensor, Tensor]], dim: int = 0) -> tuple[Tensor, Tensor]:
-    """Concatenate affinities and places that were found in parts.
+def block_rows(queries: Tensor, n_scores: int, n_candidates: int) -> int:
+    """Return the number of queries that are searched for at a time.
 
     Parameters
     ----------
-    parts : list of pair of torch.Tensor
-    dim : int, default=0
+    queries : torch.Tensor of shape (n, n_features)
+    n_scores, n_candidates : int
+        Number of scores of a query, and of candidates that are ranked.
 
     Returns
     -------
-    affinity, places : torch.Tensor
+    int
+        So many that they take a block, and at most half of scikit-learn's ``working_memory``.
     """
-    affinity, places = zip(*parts, strict=True)
-    return torch.cat(affinity, dim=dim), torch.cat(places, dim=dim)
+    budget = min(BLOCK_BYTES, int(get_config()["working_memory"] * 2**19))
+    # The candidates' scores, places, order and copies of these.
+    n_values = n_scores + queries.shape[1] + RANKED_VALUES * n_candidates
+    return max(1, budget // (n_values * queries.element_size()))

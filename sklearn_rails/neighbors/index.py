@@ -11,12 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._conformal import sample_rows
 from .affinity import resolve_affinity
 from .base import ProductAffinity
 from .estimators import EstimatorSearch
-from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch
-from .search import ClassOrder, Recompute, Search, measure_geometry
-from .store import BLOCK_BYTES, ExactNeighbors, ExampleStore
+from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch, product_is_exact
+from .order import ClassOrder
+from .search import Recompute, Search, measure_geometry
+from .sketch import make_sketch
+from .store import BLOCK_BYTES, TYPICAL_ROWS, ExactNeighbors, ExampleStore
 
 
 class ClassNeighbors:
@@ -46,7 +49,9 @@ class ClassNeighbors:
     Notes
     -----
     Candidates are found by a matrix product whose rounding error is bounded; affinities of all
-    that could be among the neighbours are then computed one by one. The product compares
+    that could be among the neighbours are then computed one by one. For up to 8 queries of 512 or
+    more features, products with the examples' principal components may bound the scores of most
+    examples closely enough to rule them out. The product compares
     differences from a centre: features that are far from zero are stored as differences from a
     constant, where no example loses a bit by that. Queries for which the product overflows are
     compared with every example one by one, as are all queries by an affinity that no product
@@ -102,7 +107,16 @@ class ClassNeighbors:
         ValueError
             If features are not finite, or as :meth:`start` and :meth:`build` raise it.
         """
-        return self.start(y, n_classes).add(slice(0, len(features)), features).build()
+        self.start(y, n_classes)
+        # Of all examples, which the first block need not be typical of.
+        sample = features[sample_rows(len(features), TYPICAL_ROWS, rng=0)]
+        self._allocate(self.affinity.prepare(sample))
+        # What is computed on the way takes as much memory as a block, not as all features.
+        step = max(1, BLOCK_BYTES // max(1, features[:1].nbytes))
+        for first in range(0, len(features), step):
+            rows = slice(first, min(first + step, len(features)))
+            self.add(rows, features[rows])
+        return self.build()
 
     def start(self, y: NDArray[np.integer], n_classes: int) -> ClassNeighbors:
         """Prepare for examples that come in blocks.
@@ -182,12 +196,15 @@ class ClassNeighbors:
 
     def _add_prepared(self, rows: slice, features: Tensor) -> None:
         if self.store.is_empty:
-            n_samples = len(self._inverse_order)
-            self.store.allocate(n_samples, features)
-            self._blank = torch.zeros(n_samples, dtype=torch.bool, device=features.device)
+            self._allocate(features)
         places = self._inverse_order[rows].to(features.device)
         self._blank[places] = self.affinity.find_blank(features)
         self.store.add(places, features)
+
+    def _allocate(self, sample: Tensor) -> None:
+        n_samples = len(self._inverse_order)
+        self.store.allocate(n_samples, sample)
+        self._blank = torch.zeros(n_samples, dtype=torch.bool, device=sample.device)
 
     def build(self) -> ClassNeighbors:
         """Index the examples that were added.
@@ -212,7 +229,11 @@ class ClassNeighbors:
             )
         elif isinstance(self.affinity, ProductAffinity):
             offsets = self.affinity.offsets(norms, geometry, self._blank)
-            self._search = ProductSearch(self.affinity, *parts[1:], offsets)
+            search = ProductSearch(self.affinity, *parts[1:], offsets)
+            if self.affinity.bounds_own_rounding and product_is_exact(norms):
+                with torch.autocast(norms.device.type, enabled=False):
+                    search.sketch = make_sketch(self.store, geometry, self._order)
+            self._search = search
         else:
             self._search = AllPairsSearch(*parts)
         del self._inverse_order, self._blank
@@ -261,7 +282,7 @@ class ClassNeighbors:
         is_cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
             affinity, places = search.find(queries, n_neighbors, take)
-            return affinity, torch.where(places < 0, places, self._order.index[places])
+            return affinity, self._order.index[places].masked_fill_(places < 0, -1)
 
     @property
     def needs_recompute(self) -> bool:

@@ -71,6 +71,8 @@ def is_within(norms: Tensor, smallest: float) -> bool:
     """
     if norms.numel() == 0:
         return True
+    if norms.numel() == 1:
+        return smallest < norms.item() < torch.inf
     low, high = torch.aminmax(norms)
     return low.item() > smallest and high.item() < torch.inf
 

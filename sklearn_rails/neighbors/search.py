@@ -1,19 +1,17 @@
-"""What every search for neighbours shares: the order of the examples, and ranking candidates."""
+"""What every search for neighbours shares: ranking candidates, and measuring the examples."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import Affinity
 from .geometry import DeviceTensors, Geometry
 from .norms import dtype_name, norm
+from .order import ClassOrder
 from .store import BLOCK_BYTES, ExampleStore
 
 # Bytes of examples that are compared with queries at a time, on a CPU: they stay in its caches.
@@ -31,75 +29,6 @@ MAX_EXPONENT = 20
 Take = Callable[[Tensor], Tensor]
 # The same from positions among those of fit.
 Recompute = Callable[[Tensor], Tensor]
-
-
-class ClassOrder(DeviceTensors):
-    """The order that examples are stored in: class after class.
-
-    Parameters
-    ----------
-    y : ndarray of shape (n_samples,)
-        Classes as integers from 0.
-    n_classes : int
-
-    Attributes
-    ----------
-    index : torch.Tensor of shape (n_samples,), int64
-        Position of each stored example among those of ``y``.
-    sizes : list of int
-        Examples of each class.
-    starts : torch.Tensor of shape (n_classes,), int64
-        Where each class begins.
-    is_sorted : bool
-        Whether ``index`` ascends within each class.
-    """
-
-    DEVICE_TENSORS: ClassVar[tuple[str, ...]] = ("index", "starts")
-
-    def __init__(self, y: NDArray[np.integer], n_classes: int) -> None:
-        # A stable sort: within a class the examples keep their order, and so ties do.
-        self.index = torch.from_numpy(np.argsort(y, kind="stable"))
-        self.sizes: list[int] = np.bincount(y, minlength=n_classes).tolist()
-        self.starts = torch.tensor([0, *np.cumsum(self.sizes[:-1])])
-        self.is_sorted = True
-
-    def inverse(self) -> Tensor:
-        """Return the place in the store of each of the examples.
-
-        Returns
-        -------
-        torch.Tensor of shape (n_samples,), int64
-        """
-        inverse_order = torch.empty_like(self.index)
-        inverse_order[self.index] = torch.arange(len(self.index), device=self.index.device)
-        return inverse_order
-
-    def pooled(self) -> ClassOrder:
-        """Return the same order as that of a single class.
-
-        Returns
-        -------
-        ClassOrder
-        """
-        view = copy.copy(self)
-        view.sizes, view.starts, view.is_sorted = [len(self.index)], self.starts[:1], False
-        return view
-
-    def sort_places(self, places: Tensor) -> Tensor:
-        """Sort places by the positions of their examples, those that do not exist (-1) first.
-
-        Parameters
-        ----------
-        places : torch.Tensor of shape (n, n_classes, n_candidates), int64
-
-        Returns
-        -------
-        torch.Tensor of shape (n, n_classes, n_candidates), int64
-        """
-        if self.is_sorted:
-            return places.sort(dim=2).values
-        positions = self.index[places.clamp(min=0)].masked_fill_(places < 0, -1)
-        return places.gather(2, positions.argsort(dim=2))
 
 
 class Search(DeviceTensors):
@@ -233,21 +162,27 @@ class Search(DeviceTensors):
         n, k = places.shape
         # All candidates of some queries at a time, or else some of those of one query.
         n_examples = max(1, CACHE_BYTES // queries[0].nbytes)
+        if n * k <= n_examples:
+            return self.affinity.check_finite(self._affinities(queries, places, take))
         n_rows, n_columns = max(1, n_examples // k), min(k, n_examples)
         exact = queries.new_empty(n, k)
         for top in range(0, n, n_rows):
             rows = slice(top, top + n_rows)
             for left in range(0, k, n_columns):
                 part = places[rows, left : left + n_columns]
-                examples = take(part.flatten()).reshape(*part.shape, -1)
-                given = self.affinity(queries[rows], examples, overwrite_features=True)
-                if given.shape != part.shape:
-                    raise ValueError(
-                        f"{self.affinity.parameter} must give a tensor of shape "
-                        f"{tuple(part.shape)}, it gave {tuple(given.shape)}."
-                    )
+                given = self._affinities(queries[rows], part, take)
                 exact[rows, left : left + n_columns] = given
         return self.affinity.check_finite(exact)
+
+    def _affinities(self, queries: Tensor, places: Tensor, take: Take) -> Tensor:
+        examples = take(places.flatten()).view(*places.shape, -1)
+        given = self.affinity(queries, examples, overwrite_features=True)
+        if given.shape != places.shape:
+            raise ValueError(
+                f"{self.affinity.parameter} must give a tensor of shape {tuple(places.shape)}, it "
+                f"gave {tuple(given.shape)}."
+            )
+        return given
 
 
 def measure_geometry(store: ExampleStore, affinity: Affinity) -> tuple[Geometry, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
@@ -234,10 +235,17 @@ class ExampleStore(DeviceTensors):
         Yields
         ------
         torch.Tensor of shape (n, n_features)
+            Overwritten by the next one.
         """
         step = max(1, n_bytes // (self.examples.shape[1] * like.element_size()))
-        for piece in torch.split(self.examples, step):
-            yield piece.to(like)
+        pieces = torch.split(self.examples, step)
+        if self.examples.dtype == like.dtype and self.examples.device == like.device:
+            yield from pieces
+            return
+        # New memory for every piece would take up to twice the time of the conversion.
+        buffer = like.new_empty(pieces[0].shape)
+        for piece in pieces:
+            yield buffer[: len(piece)].copy_(piece)
 
     def sample(self) -> Tensor:
         """Return some of the stored examples, drawn at random, in full precision.
@@ -246,8 +254,16 @@ class ExampleStore(DeviceTensors):
         -------
         torch.Tensor of shape (n, n_features)
         """
-        rows = sample_rows(len(self.examples), TYPICAL_ROWS, rng=0)
-        return self.examples[rows].to(self.shift)
+        return self.examples[self.sample_places()].to(self.shift)
+
+    def sample_places(self) -> NDArray[np.int64]:
+        """Return the places of the examples that :meth:`sample` returns.
+
+        Returns
+        -------
+        ndarray of shape (n,), int64
+        """
+        return sample_rows(len(self.examples), TYPICAL_ROWS, rng=0)
 
     def shift_features(self, columns: Tensor, constants: Tensor) -> None:
         """Store features as differences from constants, where no example loses a bit by that.
@@ -342,7 +358,9 @@ class HalfPrecisionStore(ExampleStore):
             self.shift = sample.median(dim=0).values
             self.has_shift = bool(self.shift.any())
         peak = float((sample - self.shift).abs().amax(dim=1).median())
-        self.scale = min(FLOAT16_TYPICAL / peak, 2.0**100) if peak > 0 else 1.0
+        # Differences this far below the features are rounding, and must not overflow when squared.
+        largest = max(float(sample.abs().max()) * 2.0**-50, 2.0**-100)
+        self.scale = min(FLOAT16_TYPICAL / peak, 1 / largest) if peak > 0 else 1.0
 
     def add(self, places: Tensor, features: Tensor) -> None:
         """Store examples, and measure what rounding does to them.

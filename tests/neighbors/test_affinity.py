@@ -16,6 +16,7 @@ from sklearn_rails.neighbors import (
     InnerProduct,
     resolve_affinity,
 )
+from sklearn_rails.neighbors.geometry import Geometry
 from sklearn_rails.neighbors.norms import norm, normalize_rows
 
 SCALES = [1e-42, 1e-30, 1e-26, 1.0, 1e25, 1e30, 1e37]
@@ -148,3 +149,25 @@ def test_affinities_are_resolved_compared_and_pickled():
 def test_a_callable_that_returns_complex_numbers_raises_an_error():
     with pytest.raises(ValueError, match="must give real numbers, it gave torch.complex64"):
         CallableAffinity(lambda a, b: (a * 1j).sum(dim=1))(torch.ones(1, 2), torch.ones(1, 3, 2))
+
+
+@pytest.mark.parametrize("center_norm", [0.0, 3.0])
+@pytest.mark.parametrize("max_norm", [1.0, 50.0, 1e25])
+def test_the_bound_of_one_query_is_that_of_many(max_norm, center_norm):
+    center = torch.tensor([center_norm, 0.0])
+    where = center, center, center_norm, 1.0, 1.0, max_norm, 0.5
+    queries = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    norms, scores = np.array([[5.0], [10.0]]), np.array([[-7.0, 10.0], [-2e5, -3e5]])
+    bound = Euclidean().score_error(Geometry(*where), queries, norms, scores)
+    plain = Geometry(*where[:-1], 0.0)
+    rounding = 4 * np.finfo(np.float32).eps * np.sqrt(2)
+    near = np.minimum(4 * norms, max_norm)
+    far = np.abs(scores - center_norm * np.array([[3.0], [6.0]])) - 3 * norms**2
+    expected = rounding * ((norms + near) * near + norms * center_norm + 40 * np.maximum(far, 0))
+    assert_allclose(Euclidean().score_error(plain, queries, norms, scores), expected)
+    distance = np.sqrt(np.maximum(norms**2 - 2 * scores, 0))
+    assert_allclose(bound, expected + 0.5 * (distance + 0.5))
+    for i in range(2):
+        lowest = float(scores[i].min())
+        one = Euclidean().score_error(Geometry(*where), queries[i : i + 1], norms[i].item(), lowest)
+        assert_allclose(one, bound[i].max())

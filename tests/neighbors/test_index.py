@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import make_problem, search_by_hand
@@ -163,6 +163,7 @@ def sorted_affinities(affinity, X, y, n_classes, Q, k):
     scale=st.sampled_from(SCALES),
     zeros=st.booleans(),
 )
+@example(97126, 53, 5, 4, "cosine", "float16", np.float32, 0.0, "columns", 1e-30, True)
 def test_neighbours_are_exact_at_any_offset_and_scale(
     seed, n, n_features, k, affinity, storage, dtype, offset, scaled, scale, zeros
 ):

@@ -1,0 +1,125 @@
+"""What a search holds at a time, and that it finds the same however it is divided."""
+
+import numpy as np
+import pytest
+import sklearn
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from problems import make_problem
+
+from sklearn_rails.neighbors import ClassNeighbors, Euclidean, ExactNeighbors, exact, index, order
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum),
+    n=st.integers(1, 4),
+    n_best=st.integers(1, 50),
+    seed=st.integers(0, 1000),
+)
+def test_the_highest_scores_of_grouped_classes_are_those_of_each(sizes, n, n_best, seed):
+    rng = np.random.default_rng(seed)
+    y = np.repeat(np.arange(len(sizes)), sizes)
+    classes = order.ClassOrder(y, len(sizes))
+    # Without ties, which may go either way.
+    scores = torch.from_numpy(rng.permuted(np.tile(np.arange(len(y)) - 9.0, (n, 1)), axis=1))
+    top, places = order.find_top_scores(scores, classes, n_best)
+    assert top.shape == places.shape == (n, len(sizes), n_best)
+    for c in range(len(sizes)):
+        members = np.flatnonzero(y == c)
+        best = members[np.argsort(-scores.numpy()[:, members], axis=1)[:, :n_best]]
+        found = best.shape[1]
+        assert_array_equal(places[:, c, :found], best)
+        assert_array_equal(top[:, c, :found], np.take_along_axis(scores.numpy(), best, axis=1))
+        assert (places[:, c, found:] == -1).all()
+        assert (top[:, c, found:] == -torch.inf).all()
+
+
+def test_a_few_queries_are_searched_without_a_loop_over_classes(monkeypatch):
+    X, y, Q = make_problem(0, 3000, 4, 300)
+    neighbors = ClassNeighbors().fit(torch.tensor(X), y, 300)
+    calls = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda *a, **k: calls.append(1) or topk(*a, **k))
+    found = neighbors.kneighbors(torch.tensor(Q[:1]), 5)
+    assert len(calls) <= 8
+    calls.clear()
+    monkeypatch.setattr(order, "PADDED_SCORES", 0)
+    expected = neighbors.kneighbors(torch.tensor(Q[:1]), 5)
+    assert len(calls) == 300
+    for part, whole in zip(found, expected, strict=True):
+        assert_array_equal(part, whole)
+
+
+@pytest.mark.parametrize("storage", ["memory", "float16"])
+@pytest.mark.parametrize("affinity", ["euclidean", "cosine", "inner_product"])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_a_query_has_the_same_neighbours_alone_and_among_others(storage, affinity, offset):
+    X, _, Q = make_problem(1, 600, 12, 4)
+    y = np.arange(600) ** 2 // 90_000
+    # The centre is far from zero, and features do not take differences without a loss.
+    X, Q = torch.tensor(X + offset).float(), torch.tensor(Q + offset).float()
+    neighbors = ClassNeighbors(affinity, ExactNeighbors(storage)).fit(X, y, 4)
+    whole = neighbors.kneighbors(Q, 7, X.__getitem__)
+    # Compared with every example.
+    search = neighbors._search
+    every = exact.AllPairsSearch.find(
+        search,
+        search.prepare(Q),
+        7,
+        search.reader(Q, X.__getitem__ if storage == "float16" else None),
+    )
+    assert_array_equal(whole[0], every[0])
+    assert_array_equal(whole[1], neighbors.index[every[1]])
+    for i in range(40):
+        alone = neighbors.kneighbors(Q[i : i + 1], 7, X.__getitem__)
+        for part, expected in zip(alone, whole, strict=True):
+            assert_array_equal(part[0], expected[i])
+
+
+def test_scores_take_no_more_than_the_working_memory(monkeypatch):
+    X, y, Q = make_problem(2, 2000, 5, 4)
+    X, Q = torch.tensor(X), torch.tensor(np.tile(Q, (10, 1)))
+    for affinity in ("euclidean", lambda a, b: -(a - b).abs().sum(dim=1)):
+        neighbors = ClassNeighbors(affinity).fit(X, y, 4)
+        n_queries = len(Q) if affinity == "euclidean" else 100
+        expected = neighbors.kneighbors(Q[:n_queries], 3)
+        held = []
+        rank = exact.ProductSearch.rank
+
+        def note(self, queries, places, *args, held=held, rank=rank):
+            n_values = len(X) if hasattr(self, "_offsets") else 0
+            held.append(queries.element_size() * len(queries) * n_values + 4 * places.nbytes)
+            return rank(self, queries, places, *args)
+
+        with monkeypatch.context() as patch, sklearn.config_context(working_memory=2):
+            patch.setattr("sklearn_rails.neighbors.search.Search.rank", note)
+            found = neighbors.kneighbors(Q[:n_queries], 3)
+        assert len(held) > 1
+        assert max(held) <= 2 * 2**20
+        for part, whole in zip(found, expected, strict=True):
+            assert_array_equal(part, whole)
+
+
+@pytest.mark.parametrize("storage", ["memory", "float16"])
+def test_examples_are_stored_in_blocks(storage, monkeypatch):
+    X, y, Q = (torch.tensor(a) for a in make_problem(3, 1000, 8, 3))
+    # The first block is not typical of all.
+    X[:100] *= 1e-4
+    whole = ClassNeighbors(algorithm=ExactNeighbors(storage)).fit(X, y.numpy(), 3)
+    sizes = []
+    prepare = Euclidean.prepare
+    monkeypatch.setattr(index, "BLOCK_BYTES", 100 * X[0].nbytes)
+    monkeypatch.setattr(
+        Euclidean, "prepare", lambda self, rows: sizes.append(len(rows)) or prepare(self, rows)
+    )
+    blocks = ClassNeighbors(algorithm=ExactNeighbors(storage)).fit(X, y.numpy(), 3)
+    assert max(sizes[1:]) == 100
+    assert sum(sizes[1:]) == 1000
+    assert blocks.store.scale == whole.store.scale
+    for part, expected in zip(
+        blocks.kneighbors(Q, 4, X.__getitem__), whole.kneighbors(Q, 4, X.__getitem__), strict=True
+    ):
+        assert_array_equal(part, expected)
