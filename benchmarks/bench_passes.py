@@ -102,7 +102,8 @@ def compare(name, n_rows, data_home):
         more_labels, more_generations = runs[large, 10, True]
         contested = n_generations > 1
         setting = {"population_size": small, "generations": 10, "early_stopping": True}
-        passes = 2 * small + contested * large * (more_generations + 1)
+        passes = small * (np.minimum(n_generations, 1) + 1)
+        passes = passes + contested * large * (more_generations + 1)
         yield describe(setting, np.where(contested, more_labels, labels), passes, large)
 
 

@@ -183,3 +183,27 @@ def test_unsupported_storage_raises(task, settings, message):
     network, X, y, _, _ = task
     with pytest.raises(ValueError, match=message):
         RAILSClassifier(network, **{**PLAIN, **settings}).fit(X, y)
+
+
+@pytest.mark.parametrize(("max_share", "dtype"), [(np.inf, "bfloat16"), (0.0, "float32")])
+def test_auto_takes_bfloat16_where_it_is_faster(task, monkeypatch, max_share, dtype):
+    network, X, y, new, expected = task
+    monkeypatch.setattr("sklearn_rails.features.precision.MAX_SHARE", max_share)
+    rails = RAILSClassifier(network, **PLAIN, dtype="auto").fit(X, y)
+    assert rails.dtype_ == dtype
+    assert np.mean(rails.predict(new) == expected["no gate"]) >= (0.97 if max_share else 1)
+
+
+def test_auto_stays_in_float32_where_bfloat16_does_not_run(task):
+    class OnlyFloat32(torch.nn.Linear):
+        def forward(self, x):
+            hidden = super().forward(x)
+            if hidden.dtype != torch.float32:
+                raise TypeError("no such kernel")
+            return hidden
+
+    _, X, y, _, _ = task
+    with torch.random.fork_rng():
+        network = OnlyFloat32(64, 8)
+    rails = RAILSClassifier(network, layers="output", dtype="auto", random_state=0).fit(X, y)
+    assert rails.dtype_ == "float32"
