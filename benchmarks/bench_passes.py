@@ -23,13 +23,10 @@ LAYERS = {"digits": "conv2", "mnist": "conv1", "svhn": "block2", "cifar10": "blo
 SIZES = (25, 50, 100, 150, 200, 400)
 DEFAULT_SIZE, DEFAULT_GENERATIONS = 150, 3
 GENERATIONS = (0, 1, 2, 3, 5, 10)
-# First cells, and those of the population that takes over the rows which are then contested.
-GROWTHS = ((50, 150),)
 FIELDS = (
     "data",
     "layer",
     "population_size",
-    "contested_size",
     "generations",
     "early_stopping",
     "n_rows",
@@ -66,15 +63,13 @@ def compare(name, n_rows, data_home):
     rows = np.concatenate([X_val, attack(name, network, X_val, y_val)])
     authors, runs = None, {}
 
-    def describe(setting, labels, passes, contested_size=None):
+    def describe(setting, labels, passes):
         right = labels.reshape(2, -1) == y_val
-        size = contested_size or setting["population_size"]
-        not_stopped = runs.get((size, setting["generations"], False))
+        not_stopped = runs.get((setting["population_size"], setting["generations"], False))
         row = {
             "data": data.name,
             "layer": LAYERS[name],
             **setting,
-            "contested_size": contested_size,
             "n_rows": len(X_val),
             "clean_accuracy": round(right[0].mean(), 4),
             "robust_accuracy": round(right[1].mean(), 4),
@@ -82,7 +77,7 @@ def compare(name, n_rows, data_home):
             "labels_as_authors": round(np.mean(labels == authors), 4),
             "labels_as_not_stopped": None
             if not_stopped is None
-            else round(np.mean(labels == not_stopped[0]), 4),
+            else round(np.mean(labels == not_stopped), 4),
             "version": __version__,
             "torch": torch.__version__,
         }
@@ -94,17 +89,8 @@ def compare(name, n_rows, data_home):
         response = rails.respond(rows)
         labels, n_generations = response.labels, response.n_generations[LAYERS[name]]
         authors = labels if authors is None else authors
-        runs[tuple(setting.values())] = labels, n_generations
+        runs[tuple(setting.values())] = labels
         yield describe(setting, labels, setting["population_size"] * (n_generations + 1))
-    # Rows that a small population does not settle in two generations are left to a larger one.
-    for small, large in GROWTHS:
-        labels, n_generations = runs[small, 10, True]
-        more_labels, more_generations = runs[large, 10, True]
-        contested = n_generations > 1
-        setting = {"population_size": small, "generations": 10, "early_stopping": True}
-        passes = small * (np.minimum(n_generations, 1) + 1)
-        passes = passes + contested * large * (more_generations + 1)
-        yield describe(setting, np.where(contested, more_labels, labels), passes, large)
 
 
 def plot():
@@ -132,7 +118,6 @@ def plot():
                 row
                 for row in rows[1:]
                 if row["early_stopping"] == early_stopping
-                and not row["contested_size"]
                 and (row["generations"] == "10" or early_stopping == "False")
             ]
             chosen.sort(key=lambda row: float(row["forward_passes"]))

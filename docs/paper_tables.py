@@ -190,7 +190,6 @@ def passes_table(files):
             row = select(
                 files[f"passes_{network}"],
                 population_size=size,
-                contested_size="",
                 generations=generations,
                 early_stopping=stopping,
             )

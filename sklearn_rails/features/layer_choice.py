@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -289,18 +290,18 @@ def _score_once(
     features: FeatureMap, X: Array, y: NDArray[Any] | None, score: ScoreLayers
 ) -> LayerScores:
     """Score layers, or return the scores of an earlier call with the same network and data."""
-    rows = X.cpu() if isinstance(X, torch.Tensor) else X
-    try:
-        key = features.identity, joblib.hash((rows, y, score))
-    except (TypeError, AttributeError, pickle.PicklingError):  # a detector that has no hash
-        key = None, None
-    known = None if None in key else _SCORED.get(key)
+    rows, key = X.cpu() if isinstance(X, torch.Tensor) else X, None
+    if features.identity is not None:
+        # A detector may have no hash.
+        with contextlib.suppress(TypeError, AttributeError, pickle.PicklingError):
+            key = features.identity, joblib.hash((rows, y, score))
+    known = _SCORED.get(key)
     if known is None:
         with torch.inference_mode(False), torch.enable_grad():
             known = score(features, X, y)
         for values in known.scores.values():
             values.flags.writeable = False  # other estimators may get the same
-        if None not in key:
+        if key is not None:
             _SCORED[key] = known
             while len(_SCORED) > MAX_SCORED:
                 _SCORED.pop(next(iter(_SCORED)), None)

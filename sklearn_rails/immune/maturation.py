@@ -10,7 +10,7 @@ from .._blocks import Progress
 from .compiled import breed
 from .domain import Domain
 from .operators import (
-    class_shares,
+    class_counts,
     cross_over,
     find_stand_ins,
     first_parent_share,
@@ -109,7 +109,7 @@ class Population:
         affinity_curve = affinity.new_full((n, n_points), torch.nan)
         class_curve = affinity.new_full((n, n_points, n_classes), torch.nan)
         affinity_curve[:, 0] = mean_affinity(affinity)
-        class_curve[:, 0] = class_shares(labels, n_classes, affinity.dtype)
+        class_curve[:, 0] = class_counts(labels, n_classes) / labels.shape[1]
         n_generations = labels.new_full((n,), -1)
         return cls(cells, labels, affinity, affinity_curve, class_curve, n_generations)
 
@@ -224,8 +224,8 @@ def mature(
                     mutate_(cross_over(*chosen, out=bred), uniforms["steps"], domain)
             measured.append(affinities(bred, antigens.index_select(0, rows[part])))
         affinity = replace_non_finite(torch.cat(measured))
-        shares = class_shares(labels, n_classes, affinity.dtype)
-        class_curve[:, generation].index_copy_(0, rows, shares)
+        count = class_counts(labels, n_classes)
+        class_curve[:, generation].index_copy_(0, rows, count.to(affinity) / n_cells)
         affinity_curve[:, generation].index_copy_(0, rows, mean_affinity(affinity))
 
         leaving, staying = torch.arange(len(rows), device=rows.device), None

@@ -156,8 +156,7 @@ def select_parents(
     # Sums in double precision: those of single precision stop growing at 2**24.
     sums = weights.cumsum(dim=1, dtype=torch.float64)
     cumulative = pad(sums, (1, 0))
-    count = torch.zeros_like(labels[:, :1]).expand(n_rows, n_classes).clone()
-    count.scatter_add_(1, labels, torch.ones_like(labels))
+    count = class_counts(labels, n_classes)
     stop = count.cumsum(dim=1)
     below, above = cumulative.gather(1, stop - count), cumulative.gather(1, stop)
 
@@ -293,22 +292,20 @@ def mean_affinity(affinity: torch.Tensor) -> torch.Tensor:
     return shares.sum(dim=1).clamp(-largest, largest).to(affinity)
 
 
-def class_shares(labels: torch.Tensor, n_classes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Compute each class's share of a population.
+def class_counts(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """Count the cells of each class.
 
     Parameters
     ----------
     labels : torch.Tensor of shape (n, n_cells), int64
     n_classes : int
-    dtype : torch.dtype
 
     Returns
     -------
-    torch.Tensor of shape (n, n_classes)
+    torch.Tensor of shape (n, n_classes), int64
     """
     count = torch.zeros_like(labels[:, :1]).expand(-1, n_classes).clone()
-    count.scatter_add_(1, labels, torch.ones_like(labels))
-    return count.to(dtype) / labels.shape[1]
+    return count.scatter_add_(1, labels, torch.ones_like(labels))
 
 
 def find_stand_ins(affinity: torch.Tensor) -> torch.Tensor:

@@ -188,13 +188,12 @@ class ClassNeighbors:
             If the disk of the storage's folder has not enough space.
         """
         step = max(1, BLOCK_BYTES // other.store.examples[0].nbytes)
-        index = torch.arange(len(other.store.examples), device=other.index.device)
-        for start in range(0, len(index), step):
-            rows = slice(start, min(start + step, len(index)))
-            self._add_prepared(rows, other.take(index[rows]))
+        for start in range(0, len(other.index), step):
+            members = slice(start, start + step)
+            self._add_prepared(other.index[members].cpu(), other.store.read(members))
         return self
 
-    def _add_prepared(self, rows: slice, features: Tensor) -> None:
+    def _add_prepared(self, rows: slice | Tensor, features: Tensor) -> None:
         if self.store.is_empty:
             self._allocate(features)
         places = self._inverse_order[rows].to(features.device)

@@ -120,7 +120,7 @@ def _run_with_variants(
     feature_map: FeatureMap,
     wanted: tuple[str, ...],
 ) -> tuple[dict[str, torch.Tensor], dict[Detector, list[torch.Tensor]]]:
-    """Run samples, together with the variants of all detectors if one micro-batch holds them.
+    """Run samples, together with the variants of all detectors if they are less than a micro-batch.
 
     Returns
     -------
@@ -134,11 +134,8 @@ def _run_with_variants(
         return feature_map(X, wanted, check_finite=False), {}
     variants = {detector: detector.variants(X) for detector in detectors.values()}
     rows = np.concatenate([X, *(rows for changed in variants.values() for rows in changed)])
-    if not n < len(rows) <= size:
-        return feature_map(X, wanted, check_finite=False), {}
     found = feature_map(rows, wanted, check_finite=False)
-    outputs = found[feature_map.output][n:].split(n)
-    parts = iter(outputs)
+    parts = iter(found[feature_map.output][n:].split(n))
     known = {d: [next(parts) for _ in changed] for d, changed in variants.items() if changed}
     return {name: values[:n] for name, values in found.items()}, known
 
