@@ -5,6 +5,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
@@ -17,7 +18,7 @@ mpl.use("Agg")
 @pytest.fixture(autouse=True)
 def closed_figures():
     yield
-    mpl.pyplot.close("all")
+    plt.close("all")
 
 
 def make_rails(X, y, **parameters):
@@ -137,7 +138,7 @@ def test_plot_again_on_a_given_figure(grey):
     rails, X, _ = grey
     display = ImmuneResponseDisplay.from_estimator(rails, X[:2])
     first = display.figure_
-    whole = mpl.pyplot.figure()
+    whole = plt.figure()
     part, _ = whole.subfigures(1, 2)
     assert display.plot(figure=part, cmap="viridis") is display
     assert display.figure_ is part is not first

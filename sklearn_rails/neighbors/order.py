@@ -24,22 +24,20 @@ class ClassGroup(NamedTuple):
     Attributes
     ----------
     classes : torch.Tensor of shape (n_group,), int64
-    starts, sizes : torch.Tensor of shape (n_group, 1), int64
-        Where each class begins in the store, and its number of examples.
+    starts : torch.Tensor of shape (n_group, 1), int64
+        Where each class begins in the store.
     places : torch.Tensor of shape (n_group * width,), int32
         Of the examples of each class, class after class, any place where one has no more.
     missing : torch.Tensor of shape (n_group, width), bool, or None
         Where a class has no more; None if all are equally large.
-    smallest, width : int
-        Number of examples in the smallest and in the largest class.
+    width : int
+        Number of examples in the largest class.
     """
 
     classes: Tensor
     starts: Tensor
-    sizes: Tensor
     places: Tensor
     missing: Tensor | None
-    smallest: int
     width: int
 
     @classmethod
@@ -57,15 +55,15 @@ class ClassGroup(NamedTuple):
         """
         device = order.starts.device
         counts = [order.sizes[c] for c in classes]
-        smallest, width = min(counts), max(counts)
+        width = max(counts)
         members = torch.tensor(classes, device=device)
         starts = order.starts[members, None]
         sizes = torch.tensor(counts, device=device)[:, None]
         column = torch.arange(width, device=device)
         # Half as many bytes are read for each query.
         places = (starts + torch.minimum(column, sizes - 1)).flatten().int()
-        missing = column >= sizes if smallest < width else None
-        return cls(members, starts, sizes, places, missing, smallest, width)
+        missing = column >= sizes if min(counts) < width else None
+        return cls(members, starts, places, missing, width)
 
 
 class ClassOrder(DeviceTensors):
@@ -180,7 +178,7 @@ def find_top_scores(scores: Tensor, order: ClassOrder, n_best: int) -> tuple[Ten
     Parameters
     ----------
     scores : torch.Tensor of shape (n, n_samples)
-        Of all stored examples.
+        Of all stored examples; minus infinity for those that are ruled out.
     order : ClassOrder
     n_best : int
 
@@ -189,7 +187,7 @@ def find_top_scores(scores: Tensor, order: ClassOrder, n_best: int) -> tuple[Ten
     top : torch.Tensor of shape (n, n_classes, n_best)
         Highest first; minus infinity where a class has no more examples.
     places : torch.Tensor of shape (n, n_classes, n_best), int64
-        Of their examples; -1 where there is none.
+        Of their examples; -1 where there is none, or it is ruled out.
     """
     n, n_classes = len(scores), len(order.sizes)
     if n_classes > 1 and n * max(order.sizes) <= PADDED_SCORES:
@@ -206,11 +204,7 @@ def find_top_scores(scores: Tensor, order: ClassOrder, n_best: int) -> tuple[Ten
     for members in torch.split(scores, order.sizes, dim=1):
         best.append(_pad(*members.topk(min(n_best, members.shape[1]), dim=1), n_best))
     top, places = (torch.stack(part, dim=1) for part in zip(*best, strict=True))
-    places += order.starts[:, None]
-    if order.smallest < n_best:
-        sizes = torch.tensor(order.sizes, device=places.device)[:, None]
-        places.masked_fill_(torch.arange(n_best, device=places.device) >= sizes, -1)
-    return top, places
+    return top, places.add_(order.starts[:, None]).masked_fill_(top == -torch.inf, -1)
 
 
 def _top_of_group(scores: Tensor, group: ClassGroup, n_best: int) -> tuple[Tensor, Tensor]:
@@ -218,11 +212,7 @@ def _top_of_group(scores: Tensor, group: ClassGroup, n_best: int) -> tuple[Tenso
     if group.missing is not None:
         padded.masked_fill_(group.missing, -torch.inf)
     top, found = _pad(*padded.topk(min(n_best, group.width), dim=2), n_best)
-    places = found + group.starts
-    if group.smallest < n_best:
-        column = torch.arange(n_best, device=places.device)
-        places.masked_fill_(column >= group.sizes, -1)
-    return top, places
+    return top, (found + group.starts).masked_fill_(top == -torch.inf, -1)
 
 
 def _pad(top: Tensor, found: Tensor, n_best: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
@@ -50,6 +50,7 @@ def search_without_sketch(neighbors, *args):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     k=st.integers(1, 9),
 )
+@example(1, 2, 1, 0.0, 0.0, 1e-30, "all", 0, "euclidean", "float16", torch.float32, 2)
 def test_neighbours_are_those_of_a_search_without_sketches(
     seed, n_queries, rank, noise, offset, scale, scaled, n_duplicates, affinity, storage, dtype, k
 ):
