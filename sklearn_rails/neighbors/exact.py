@@ -24,9 +24,9 @@ from .store import BLOCK_BYTES, ExampleStore
 # 20,000 x 64 or 512), in pieces of 256 KiB or 4 MiB 1.2 to 3.8 times as long.
 PIECE_BYTES = 2**20
 
-# Maximum number of queries that are compared with sketches first, and share of the examples that
-# these may leave over: beyond them the product with all examples takes less time.
-MAX_SKETCHED, MAX_SHARE = 8, 1 / 8
+# Share of the examples that sketches may leave over for a query: beyond it the product with all
+# examples takes less time.
+MAX_SHARE = 1 / 8
 
 # Number of values of a query that ranking one candidate holds at a time: scores, places and masks.
 RANKED_VALUES = 12
@@ -127,10 +127,10 @@ class ProductSearch(AllPairsSearch):
         moved = self._move_queries(queries)
         norms = norm(moved)
         self.affinity.check_queries(self.geometry, norms)
-        best = None
-        if self.sketch is not None and len(queries) <= MAX_SKETCHED:
-            best = self._scores_of_best(moved, norms, n_neighbors)
-        best = self._scores(moved) if best is None else best
+        can_sketch = self._can_sketch(moved, norms, n_neighbors)
+        best = (
+            self._scores_of_best(moved, norms, n_neighbors) if can_sketch else self._scores(moved)
+        )
         top, places = find_top_scores(best, self.order, n_candidates)
         # The decisions below are a few numbers for each query, for which numpy takes less time.
         scores, lengths = top.cpu().numpy(), norms.cpu().numpy().astype(np.float64)
@@ -157,42 +157,44 @@ class ProductSearch(AllPairsSearch):
                 )
         return affinity, ranked
 
-    def _scores_of_best(self, moved: Tensor, norms: Tensor, n_neighbors: int) -> Tensor | None:
-        """Return the scores that may be among the highest, and minus infinity for all others.
-
-        None where too many may be, or bounds may have overflowed.
-        """
-        assert self.sketch is not None
-        lengths = norms.cpu().numpy().astype(np.float64)
+    def _can_sketch(self, moved: Tensor, norms: Tensor, n_neighbors: int) -> bool:
+        """Check whether there are sketches, and their bounds hold for these queries."""
         is_plain = moved.device.type == "cpu" and product_is_exact(moved)
-        if not is_plain or self.order.smallest < n_neighbors:
-            return None
+        if self.sketch is None or not is_plain or self.order.smallest < n_neighbors:
+            return False
         longest = self._longest(moved)
         if self.affinity.is_distance:
             # Distances from a query that is farther out than every example are rounded by more
             # than their scores err, and which examples tie depends on those that are compared.
             longest = min(longest, self.geometry.max_norm)
-        if not lengths.max() < longest:
-            return None
+        return bool(norms.max() < longest)
+
+    def _scores_of_best(self, moved: Tensor, norms: Tensor, n_neighbors: int) -> Tensor:
+        """Return the scores that may be among the highest, and minus infinity for most others."""
+        assert self.sketch is not None
         # Scores differ from those relative to the centre by a constant of each query.
         constants = torch.mv(moved, self.geometry.center).mul_(self.geometry.unit)
         bounds = torch.addmm(self._offsets, self.sketch(moved), self.sketch.examples.T)
         bounds += constants[:, None]
         promising = find_top_scores(bounds, self.order, n_neighbors)[1].flatten(1)
-        lowest = self._scores_at(moved, promising).view(len(moved), -1, n_neighbors).amin(dim=2)
+        known = self._scores_at(moved, promising)
+        lowest = known.view(len(moved), -1, n_neighbors).amin(dim=2)
         last = lowest.numpy().astype(np.float64)
         # Bounds err as products do, and a little more since the basis is rounded as well.
-        bar = last - 10 * self._score_error(moved, lengths[:, None], last)
+        lengths = norms.numpy().astype(np.float64)[:, None]
+        bar = last - 10 * self._score_error(moved, lengths, last)
         bars = torch.from_numpy(np.repeat(bar, self.order.sizes, axis=1))
-        scores = torch.full_like(bounds, -torch.inf)
+        contends = (bounds >= bars).scatter_(1, promising, False)
+        scores = bounds.fill_(-torch.inf).scatter_(1, promising, known)
         most = min(
-            MAX_SHARE * bounds.shape[1], BLOCK_BYTES / (moved.shape[1] * moved.element_size())
+            MAX_SHARE * scores.shape[1], BLOCK_BYTES / (moved.shape[1] * moved.element_size())
         )
-        for i, contends in enumerate(bounds >= bars):
-            left = contends.nonzero()[:, 0]
-            if len(left) > most:
-                return None
+        is_short = contends.sum(dim=1) <= most
+        for i in is_short.nonzero()[:, 0].tolist():
+            left = contends[i].nonzero()[:, 0]
             scores[i, left] = self._scores_at(moved[i : i + 1], left[None])[0]
+        if not is_short.all():
+            scores[~is_short] = self._scores(moved[~is_short])
         return scores
 
     def _scores_at(self, moved: Tensor, places: Tensor) -> Tensor:

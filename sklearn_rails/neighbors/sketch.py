@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .._conformal import sample_rows
+from .base import product_rounding
 from .geometry import DeviceTensors, Geometry
 from .norms import norm
 from .order import ClassOrder
 from .store import BLOCK_BYTES, ExampleStore
 
-# Features of at least so many values get sketches of a 16th as many, and of at most MAX_SIZE. They
-# are projections on the first principal directions of a sample, and the norm of the rest.
-MIN_FEATURES, MAX_SIZE = 512, 128
+# Features of at least so many values get sketches: projections on principal directions, and the
+# norm of the rest. Their size is at most a 16th of the features' and MAX_SIZE.
+MIN_FEATURES, MAX_SIZE = 512, 512
 
-# Maximum share of a class's examples that sketches may leave over in a sample. At 1.9 % (20,000 x
-# 512) 1 and 8 queries took 0.45 times as long as by the product with all examples. At 3.9 % (20,000
-# x 6,272) 1 query took 0.8 times and 8 queries 1.3 times as long.
-MAX_LEFT = 0.025
+# Number of examples that the directions are estimated from, and of others by which the size is
+# chosen. With 256 instead of 1,024 of MNIST's 10,000 in conv1, four times as many are left over.
+SAMPLE_ROWS = 1024
+
+# Number of those others that stand for queries.
+SAMPLE_QUERIES = 64
+
+# Time of comparing an example that sketches leave over in full, in times of one in a product with
+# all: it is copied first, and ranked. And the share of the product's time that sketches may take.
+TIME_OF_LEFT, MAX_TIME = 8, 0.5
 
 # Number of samples of a class that the share is estimated from, at least.
 MIN_MEMBERS = 8
@@ -57,34 +66,15 @@ class Sketch(DeviceTensors):
         -------
         torch.Tensor of shape (n, size)
         """
-        projected = vectors @ self.basis
-        rest = norm(torch.addmm(vectors, projected, self.basis.T, alpha=-1))
-        return torch.cat([projected, rest[:, None]], dim=1)
+        return _with_rest(vectors @ self.basis, norm(vectors), product_rounding(vectors))
 
-    def bounds_closely(self, vectors: Tensor, classes: Tensor) -> bool:
-        """Check whether the bound rules out most examples, among a sample of them.
 
-        Parameters
-        ----------
-        vectors : torch.Tensor of shape (n, n_features)
-        classes : torch.Tensor of shape (n,), int64
-
-        Returns
-        -------
-        bool
-        """
-        short, half_squares = self(vectors), norm(vectors).square() / 2
-        scores, bounds = (v @ v.T - half_squares for v in (vectors, short))
-        for matrix in (scores, bounds):
-            matrix.fill_diagonal_(-torch.inf)
-        left = []
-        for c in classes.unique().tolist():
-            members = (classes == c).nonzero()[:, 0]
-            if len(members) >= MIN_MEMBERS:
-                best = scores[:, members].amax(dim=1, keepdim=True)
-                # Besides the nearest one itself.
-                left.append((bounds[:, members] >= best).double().mean() - 1 / len(members))
-        return bool(left) and float(torch.stack(left).mean()) <= MAX_LEFT
+def _with_rest(projected: Tensor, lengths: Tensor, rounding: float) -> Tensor:
+    """Append the norm of what a projection leaves of a vector, rounded up."""
+    tiny = torch.finfo(lengths.dtype).tiny
+    share = norm(projected) / lengths.clamp(min=tiny)
+    rest = lengths * (1 - share.square()).clamp_(min=0).add_(2 * rounding).sqrt_()
+    return torch.cat([projected, rest[:, None]], dim=1)
 
 
 @torch.no_grad()
@@ -103,17 +93,29 @@ def make_sketch(store: ExampleStore, geometry: Geometry, order: ClassOrder) -> S
     """
     n, d = store.examples.shape
     like = geometry.center
-    if d < MIN_FEATURES or n < d or like.device.type != "cpu":
+    n_rows = min(SAMPLE_ROWS, n // 2, BLOCK_BYTES // (d * like.element_size()))
+    largest = min(d // 16, MAX_SIZE, n_rows // 2)
+    if d < MIN_FEATURES or largest < 2 or like.device.type != "cpu":
         return None
-    rows = store.sample_places()
-    sample = (store.examples[rows].to(like) - geometry.center).mul_(geometry.unit)
-    wide = sample.double()
-    wide /= wide.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    directions = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, 1 - min(d // 16, MAX_SIZE) :]
-    sketch = Sketch(torch.linalg.qr(wide.T @ directions).Q.to(like))
-    classes = torch.searchsorted(order.starts, torch.from_numpy(rows), right=True)
-    if not sketch.bounds_closely(sample, classes):
+
+    def read(rows: np.ndarray) -> Tensor:
+        return (store.examples[rows].to(like) - geometry.center).mul_(geometry.unit)
+
+    drawn = sample_rows(n, 2 * n_rows, rng=0)
+    sample, others = read(drawn[::2]), torch.from_numpy(drawn[1::2].copy())
+    sample /= sample.abs().max().clamp(min=torch.finfo(sample.dtype).tiny)
+    directions = torch.linalg.eigh((sample @ sample.T).double()).eigenvectors.flip(1)
+    size = choose_size(
+        sample.T @ directions[:, : largest - 1].to(like),
+        read(others.numpy()),
+        torch.searchsorted(order.starts, others, right=True),
+        n,
+    )
+    if size is None:
         return None
+    wide = sample.double().T @ directions[:, : size - 1]
+    sketch = Sketch(torch.linalg.qr(wide).Q.to(like))
+    del sample, wide
     sketch.examples = torch.cat(
         [
             sketch((piece - geometry.center).mul_(geometry.unit))
@@ -121,3 +123,48 @@ def make_sketch(store: ExampleStore, geometry: Geometry, order: ClassOrder) -> S
         ]
     )
     return sketch
+
+
+def choose_size(basis: Tensor, vectors: Tensor, classes: Tensor, n_examples: int) -> int | None:
+    """Choose the size of sketches that saves most time, by a sample.
+
+    Parameters
+    ----------
+    basis : torch.Tensor of shape (n_features, largest_size - 1)
+        Orthogonal directions, the most important first.
+    vectors : torch.Tensor of shape (n, n_features)
+        Examples that the directions were not estimated from.
+    classes : torch.Tensor of shape (n,), int64
+        Of these examples.
+    n_examples : int
+        Number of all examples.
+
+    Returns
+    -------
+    int or None
+        None if no size saves time enough.
+    """
+    projected = vectors @ (basis / norm(basis.T).clamp(min=torch.finfo(basis.dtype).tiny))
+    lengths = norm(vectors)
+    queries = torch.arange(min(SAMPLE_QUERIES, len(vectors)))
+    half_squares = lengths.square() / 2
+    scores = vectors[queries] @ vectors.T - half_squares
+    groups = [(classes == c).nonzero()[:, 0] for c in classes.unique().tolist()]
+    groups = [members for members in groups if len(members) >= MIN_MEMBERS]
+    times: dict[int, float] = {}
+    size = basis.shape[1] + 1
+    while groups and size >= 2 and len(times) < 4:
+        short = _with_rest(projected[:, : size - 1], lengths, product_rounding(vectors))
+        bounds = short[queries] @ short.T - half_squares
+        bounds[queries, queries] = -torch.inf
+        left = []
+        for members in groups:
+            bound, score = bounds[:, members], scores[:, members]
+            bar = score.gather(1, bound.argmax(dim=1, keepdim=True))
+            # Besides the nearest one itself.
+            left.append((bound >= bar).double().mean() - 1 / len(members))
+        share = float(torch.stack(left).mean())
+        times[size] = size / vectors.shape[1] + size / n_examples + TIME_OF_LEFT * share
+        size //= 2
+    best = min(times, key=times.__getitem__, default=None)
+    return best if best is not None and times[best] <= MAX_TIME else None
