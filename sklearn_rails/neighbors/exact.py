@@ -127,11 +127,20 @@ class ProductSearch(AllPairsSearch):
         moved = self._move_queries(queries)
         norms = norm(moved)
         self.affinity.check_queries(self.geometry, norms)
-        can_sketch = self._can_sketch(moved, norms, n_neighbors)
-        best = (
-            self._scores_of_best(moved, norms, n_neighbors) if can_sketch else self._scores(moved)
-        )
-        top, places = find_top_scores(best, self.order, n_candidates)
+        if self._can_sketch(moved, norms, n_neighbors):
+            return self._find_by_sketch(queries, moved, norms, n_neighbors, n_candidates, take)
+        return self._find_by_product(queries, moved, norms, n_neighbors, n_candidates, take)
+
+    def _find_by_product(
+        self,
+        queries: Tensor,
+        moved: Tensor,
+        norms: Tensor,
+        n_neighbors: int,
+        n_candidates: int,
+        take: Take,
+    ) -> tuple[Tensor, Tensor]:
+        top, places = find_top_scores(self._scores(moved), self.order, n_candidates)
         # The decisions below are a few numbers for each query, for which numpy takes less time.
         scores, lengths = top.cpu().numpy(), norms.cpu().numpy().astype(np.float64)
         last = scores[..., n_neighbors - 1].astype(np.float64)
@@ -152,8 +161,13 @@ class ProductSearch(AllPairsSearch):
             unsure = torch.from_numpy(contends[..., -1].any(axis=1)).nonzero()[:, 0]
             if len(unsure):
                 unsure = unsure.to(queries.device)
-                affinity[unsure], ranked[unsure] = self._find_block(
-                    queries[unsure], n_neighbors, 2 * n_candidates, take
+                affinity[unsure], ranked[unsure] = self._find_by_product(
+                    queries[unsure],
+                    moved[unsure],
+                    norms[unsure],
+                    n_neighbors,
+                    2 * n_candidates,
+                    take,
                 )
         return affinity, ranked
 
@@ -169,33 +183,62 @@ class ProductSearch(AllPairsSearch):
             longest = min(longest, self.geometry.max_norm)
         return bool(norms.max() < longest)
 
-    def _scores_of_best(self, moved: Tensor, norms: Tensor, n_neighbors: int) -> Tensor:
-        """Return the scores that may be among the highest, and minus infinity for most others."""
+    def _find_by_sketch(
+        self,
+        queries: Tensor,
+        moved: Tensor,
+        norms: Tensor,
+        n_neighbors: int,
+        n_candidates: int,
+        take: Take,
+    ) -> tuple[Tensor, Tensor]:
+        """Find neighbours among the examples that sketches do not rule out."""
         assert self.sketch is not None
         # Scores differ from those relative to the centre by a constant of each query.
         constants = torch.mv(moved, self.geometry.center).mul_(self.geometry.unit)
         bounds = torch.addmm(self._offsets, self.sketch(moved), self.sketch.examples.T)
         bounds += constants[:, None]
         promising = find_top_scores(bounds, self.order, n_neighbors)[1].flatten(1)
-        known = self._scores_at(moved, promising)
-        lowest = known.view(len(moved), -1, n_neighbors).amin(dim=2)
-        last = lowest.numpy().astype(np.float64)
+        known = self._scores_at(moved, promising).view(len(moved), -1, n_neighbors)
+        last = known.amin(dim=2).numpy().astype(np.float64)
         # Bounds err as products do, and a little more since the basis is rounded as well.
         lengths = norms.numpy().astype(np.float64)[:, None]
         bar = last - 10 * self._score_error(moved, lengths, last)
         bars = torch.from_numpy(np.repeat(bar, self.order.sizes, axis=1))
-        contends = (bounds >= bars).scatter_(1, promising, False)
-        scores = bounds.fill_(-torch.inf).scatter_(1, promising, known)
-        most = min(
-            MAX_SHARE * scores.shape[1], BLOCK_BYTES / (moved.shape[1] * moved.element_size())
-        )
-        is_short = contends.sum(dim=1) <= most
+        # A bound that is NaN rules out nothing.
+        contends = (bounds < bars).logical_not_().scatter_(1, promising, True)
+        is_short = contends.sum(dim=1) <= MAX_SHARE * contends.shape[1]
+        if not is_short.any():
+            return self._find_by_product(queries, moved, norms, n_neighbors, n_candidates, take)
+        affinity, places = self._allocate_found(queries, n_neighbors)
         for i in is_short.nonzero()[:, 0].tolist():
             left = contends[i].nonzero()[:, 0]
-            scores[i, left] = self._scores_at(moved[i : i + 1], left[None])[0]
+            affinity[i], places[i] = self._rank_some(queries[i : i + 1], left, n_neighbors, take)
         if not is_short.all():
-            scores[~is_short] = self._scores(moved[~is_short])
-        return scores
+            others = ~is_short
+            affinity[others], places[others] = self._find_by_product(
+                queries[others], moved[others], norms[others], n_neighbors, n_candidates, take
+            )
+        return affinity, places
+
+    def _rank_some(
+        self, query: Tensor, places: Tensor, n_neighbors: int, take: Take
+    ) -> tuple[Tensor, Tensor]:
+        """Rank some examples, ascending by place, as :meth:`rank` does those of each class."""
+        if not self.order.is_sorted:
+            places = places[self.order.index[places].argsort()]
+        exact = self.exact_affinities(query, places[None], take)[0]
+        classes = torch.searchsorted(self.order.starts, places, right=True) - 1
+        counts = classes.bincount(minlength=len(self.order.sizes))
+        columns = torch.arange(len(places)) - (counts.cumsum(0) - counts)[classes]
+        affinity = exact.new_full((len(counts), int(counts.max())), -torch.inf)
+        affinity[classes, columns] = exact
+        of_class = torch.zeros(affinity.shape, dtype=torch.int64)
+        of_class[classes, columns] = places
+        # Stable, so that ties stay in the order of their indices.
+        ranking = affinity.sort(dim=1, descending=True, stable=True)
+        best = ranking.indices[:, :n_neighbors]
+        return ranking.values[:, :n_neighbors], of_class.gather(1, best)
 
     def _scores_at(self, moved: Tensor, places: Tensor) -> Tensor:
         scores = []

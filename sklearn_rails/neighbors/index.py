@@ -49,13 +49,13 @@ class ClassNeighbors:
     Notes
     -----
     Candidates are found by a matrix product whose rounding error is bounded; affinities of all
-    that could be among the neighbours are then computed one by one. For up to 8 queries of 512 or
-    more features, products with the examples' principal components may bound the scores of most
-    examples closely enough to rule them out. The product compares
-    differences from a centre: features that are far from zero are stored as differences from a
-    constant, where no example loses a bit by that. Queries for which the product overflows are
-    compared with every example one by one, as are all queries by an affinity that no product
-    approximates.
+    that could be among the neighbours are then computed one by one. On a CPU, from 512 features
+    on, products with the examples' principal components may bound the scores of most examples
+    closely enough to rule them out: :meth:`fit` measures on a sample whether that saves time. The
+    product compares differences from a centre: features that are far from zero are stored as
+    differences from a constant, where no example loses a bit by that. Queries for which the
+    product overflows are compared with every example one by one, as are all queries by an affinity
+    that no product approximates.
 
     Examples
     --------

@@ -16,8 +16,8 @@ from .order import ClassOrder
 from .store import BLOCK_BYTES, ExampleStore
 
 # Features of at least so many values get sketches: projections on principal directions, and the
-# norm of the rest. Their size is at most a 16th of the features' and MAX_SIZE.
-MIN_FEATURES, MAX_SIZE = 512, 512
+# norm of the rest. Sketches and directions each take at most MAX_SHARE of the features' memory.
+MIN_FEATURES, MAX_SIZE, MAX_SHARE = 512, 512, 1 / 32
 
 # Number of examples that the directions are estimated from, and of others by which the size is
 # chosen. With 256 instead of 1,024 of MNIST's 10,000 in conv1, four times as many are left over.
@@ -94,7 +94,7 @@ def make_sketch(store: ExampleStore, geometry: Geometry, order: ClassOrder) -> S
     n, d = store.examples.shape
     like = geometry.center
     n_rows = min(SAMPLE_ROWS, n // 2, BLOCK_BYTES // (d * like.element_size()))
-    largest = min(d // 16, MAX_SIZE, n_rows // 2)
+    largest = min(int(MAX_SHARE * min(n, d)), MAX_SIZE, n_rows // 2)
     if d < MIN_FEATURES or largest < 2 or like.device.type != "cpu":
         return None
 

@@ -15,6 +15,7 @@ from sklearn_rails.neighbors import ClassNeighbors, ExactNeighbors, exact, sketc
 @pytest.fixture(autouse=True)
 def small_features(monkeypatch):
     monkeypatch.setattr(sketch, "MIN_FEATURES", 32)
+    monkeypatch.setattr(sketch, "MAX_SHARE", 1 / 16)
 
 
 def make_flat_problem(seed, *, n=400, d=64, rank=2, noise=0.01, offset=0.0):
@@ -82,15 +83,17 @@ def test_few_examples_are_compared_in_full(offset, monkeypatch):
     X, y, Q = make_flat_problem(0, n=3000, offset=offset)
     neighbors = ClassNeighbors().fit(X, y, 3)
     read = []
-    scores_at = exact.ProductSearch._scores_at
+    rank = exact.ProductSearch.exact_affinities
     monkeypatch.setattr(
         exact.ProductSearch,
-        "_scores_at",
-        lambda self, moved, places: read.append(places.numel()) or scores_at(self, moved, places),
+        "exact_affinities",
+        lambda self, queries, places, take: (
+            read.append(places.numel()) or rank(self, queries, places, take)
+        ),
     )
     monkeypatch.setattr(exact.ProductSearch, "_scores", None)
     neighbors.kneighbors(Q, 5)
-    assert len(Q) * 15 < sum(read) < len(Q) * len(X) / 50
+    assert len(Q) * 15 <= sum(read) < len(Q) * len(X) / 50
 
 
 def test_sketches_that_rule_out_little_are_not_kept():
@@ -107,12 +110,22 @@ def test_sketches_that_rule_out_little_are_not_kept():
 
 def test_queries_that_sketches_rule_out_little_for_are_compared_with_all(monkeypatch):
     monkeypatch.setattr(sketch, "choose_size", lambda basis, *rest: basis.shape[1] + 1)
-    X, y, Q = make_flat_problem(0, rank=64, noise=1.0)
+    X, y, Q = make_flat_problem(0)
+    # Half of the examples and the last queries fill all directions, far from the others.
+    X, Q = 50 * X, 50 * Q
+    rng = np.random.default_rng(0)
+    X[200:] = torch.from_numpy(rng.normal(20, 1, size=(200, 64)))
+    Q[4:] = torch.from_numpy(rng.normal(20, 1, size=(2, 64)))
     neighbors = ClassNeighbors().fit(X, y, 3)
-    moved = neighbors._search._move_queries(Q)
-    norms = torch.linalg.vector_norm(moved, dim=1)
-    scores = neighbors._search._scores_of_best(moved, norms, 5)
-    torch.testing.assert_close(scores, neighbors._search._scores(moved))
+    full = []
+    find = exact.ProductSearch._find_by_product
+    monkeypatch.setattr(
+        exact.ProductSearch,
+        "_find_by_product",
+        lambda self, queries, *args: full.append(len(queries)) or find(self, queries, *args),
+    )
+    neighbors.kneighbors(Q, 5)
+    assert full == [2]
     for part, whole in zip(
         neighbors.kneighbors(Q, 5), search_without_sketch(neighbors, Q, 5), strict=True
     ):
