@@ -35,6 +35,7 @@ from .immune.maturation import Schedule
 from .immune.memory import select_memories
 from .immune.random import Mutation, draw_seed
 from .neighbors import ClassNeighbors
+from .sensing.samples import OuterIndexes
 
 # Number of cells in a population, unless there are more classes.
 DEFAULT_POPULATION_SIZE = 150
@@ -707,7 +708,9 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
                 fill_open_parameters(scorer, self)
                 if scorer.random_state is None:
                     scorer.random_state = self.seed_
+                scorer._outer = OuterIndexes(self._features, self._labels, self.neighbors_)
             self.threat_scorer_ = scorer.fit(*given)
+            vars(scorer).pop("_outer", None)
 
     def _scores(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         fitted, rows = self._validate(X)

@@ -38,6 +38,7 @@ from .sensing import (
     score_detection,
     score_new,
 )
+from .sensing.samples import OuterIndexes
 
 # The methods of "auto": of each kind one, which are neighbours, the position of the features, and
 # the stability of the prediction, unless the network's outputs are not the classes, or its input
@@ -231,6 +232,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         self.batch_size = batch_size
         self.random_state = random_state
 
+    # Set by an estimator that holds this one, for the time of ``fit``.
+    _outer: OuterIndexes | None = None
+
     @restore_on_error
     @fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor | None = None) -> Self:
@@ -278,8 +282,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         size = n_samples // 2 if is_held_out else n_samples
         self_index = sample_rows(n_samples, min(size, MAX_CALIBRATION_SAMPLES), rng)
         training = np.setdiff1d(np.arange(n_samples), self_index) if is_held_out else None
+        known = {}
+        if self._outer is not None:
+            known = self._outer.usable(self.feature_map_, labels, self._n_classes)
         clean = CleanSamples(
-            samples, labels, self._n_classes, self.n_neighbors_, self.feature_map_, training
+            samples, labels, self._n_classes, self.n_neighbors_, self.feature_map_, training, known
         )
         for detector in self.detectors_.values():
             detector.fit(clean)
@@ -456,8 +463,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
                     f"method={self.method!r}: all scores of {method!r} are NaN for the samples of "
                     "X. Scale X, or use dtype='float64' or another method."
                 )
-        self._evidence = Evidence(scores, rng)
-        threat = self._evidence.threat
+        self._evidence = Evidence()
+        threat = self._evidence.fit(scores, rng)
         self.n_calibration_ = len(threat)
         warn_of_few_rows(
             "alpha",

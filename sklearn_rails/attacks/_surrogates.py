@@ -173,7 +173,7 @@ class PopulationSurrogate:
         self.known, self.unseen = others[:n_seeds], others[n_seeds:]
         self.keeps_network = engine.gate is not None and engine.gate.needs_network
         self._triages = engine.gate is not None and engine.gate.needs_alarms
-        sample = engine.layers[0].bank.cells[:1, None, None]
+        sample = engine.layers[0].bank.take(torch.zeros(1, 1, 1, dtype=torch.int64))
         widest = max(_features_of(layer, sample).nbytes for layer in engine.layers)
         self.sample_bytes = widest * self._n_cells * n_seeds * len(estimator.classes_)
 

@@ -187,13 +187,32 @@ class FeatureMap:
     @property
     def identity(self) -> tuple[Any, ...] | None:
         """What determines the outputs, as a key; None if that is not known."""
+        known = self._followed.module is not None and self._source is not None
+        return (self._source, self.start_layer, self.batch_size) if known else None
+
+    @property
+    def _source(self) -> tuple[Any, ...] | None:
+        settings = self.network_dtype, str(self.device), self.input_shape
         followed = self._followed
-        if followed.module is None or followed.checksum is None:
-            return None
+        if followed.module is None:
+            return settings
         # The checksum has the names of classes, which may be defined anew.
         types = tuple(type(layer) for layer in followed.module.modules())
-        settings = self.network_dtype, str(self.device), self.input_shape, self.start_layer
-        return followed.checksum, types, settings, self.batch_size
+        return None if followed.checksum is None else (followed.checksum, types, settings)
+
+    def computes_as(self, other: "FeatureMap") -> bool:
+        """Check whether another map gives the same features in the layers that both have.
+
+        Parameters
+        ----------
+        other : FeatureMap
+
+        Returns
+        -------
+        bool
+            True if network, type, device and shape are the same. Batches may be of other sizes.
+        """
+        return self._source is not None and self._source == other._source
 
     def rebased(self) -> "FeatureMap":
         """Return a map of the network as it is now, for an index that is built again."""

@@ -91,16 +91,16 @@ def build_engine(
     for name in features.layers:
         features.choose_layout(name, affinity)
     old = None if previous is None or previous.layers[0].recompute else previous
-    bank = CellBank(_embed_cells(features, X, old))
-    domain = find_domain(bank.cells, clip)
+    cells = _embed_cells(features, X, old)
+    domain = find_domain(cells, clip)
     if schedule.compile:
-        prepare_compiler(bank.cells, schedule.population_size, domain.on(bank.cells))
+        prepare_compiler(cells, schedule.population_size, domain.on(cells))
     found = {
         name: ClassNeighbors(affinity, algorithm, n_jobs).start(y, n_classes)
         for name in features.layers
     }
     with tqdm(total=len(y), desc="fit", unit="sample", disable=not verbose) as bar:
-        n_old = 0 if old is None else len(old.layers[0].bank.cells)
+        n_old = 0 if old is None else len(old.layers[0].bank)
         for layer in () if old is None else old.layers:
             found[layer.name].add_index(layer.neighbors)
         bar.update(n_old)
@@ -109,23 +109,26 @@ def build_engine(
             for name, values in features(X[rows]).items():
                 found[name].add(rows, values)
             bar.update(rows.stop - rows.start)
+    bank = CellBank(cells)
+    for neighbors in found.values():
+        bank = bank.shared_with(neighbors.build())
     layers = tuple(
         ResponseLayer(
             name,
             features,
             affinity,
             bank,
-            neighbors.build(),
+            neighbors,
             n_neighbors,
             n_classes,
             1.0,
             0.0,
             schedule,
-            domain.on(bank.cells),
+            domain.on(cells),
             RandomStream(
                 seed,
                 number,
-                (schedule.population_size, bank.cells.shape[1]),
+                (schedule.population_size, cells.shape[1]),
                 mutation,
                 domain.unit,
             ),
@@ -151,7 +154,7 @@ def _scale(layer: ResponseLayer, tau: float | None) -> ResponseLayer:
 
     The scale is tau itself where there is none.
     """
-    n_samples = len(layer.bank.cells)
+    n_samples = len(layer.bank)
     chosen = torch.from_numpy(sample_rows(n_samples, SCALE_SAMPLES, rng=0)).to(
         layer.features.device
     )

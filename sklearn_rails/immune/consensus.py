@@ -100,7 +100,8 @@ def tie_break(affinity: torch.Tensor, tau: float) -> torch.Tensor:
     affinity = affinity.masked_fill(~there, 0)
     away = affinity / 2 - (affinity / (2 * count)).sum(dim=1, keepdim=True)
     # z / (1 + |z|) for z = away / tau, which may overflow; 0 / 0 is no difference.
-    share = (away / (tau / 2 + away.abs())).nan_to_num(nan=0.0)
+    largest = torch.finfo(torch.float64).max
+    share = (away / (tau / 2 + away.abs()).clamp(max=largest)).nan_to_num(nan=0.0)
     return (0.25 * (1 + share)).masked_fill(~there, 0)
 
 

@@ -277,8 +277,12 @@ class ImmuneEngine:
         ImmuneEngine
             This one stays as it is.
         """
-        layers = (replace(layer, neighbors=layer.neighbors.on_disk()) for layer in self.layers)
-        return replace(self, layers=tuple(layers))
+        bank, layers = self.layers[0].bank, []
+        for layer in self.layers:
+            neighbors = layer.neighbors.on_disk()
+            bank = bank.with_index(layer.neighbors, neighbors)
+            layers.append(replace(layer, neighbors=neighbors))
+        return replace(self, layers=tuple(replace(layer, bank=bank) for layer in layers))
 
     @property
     def _map_blocks(self) -> Callable[..., list[NDArray[Any]]]:
@@ -297,11 +301,11 @@ class ImmuneEngine:
 
     def _population_blocks(self, n_samples: int, n_jobs: int | None) -> list[slice]:
         """Split samples into blocks whose populations fit into memory."""
-        cells = self.layers[0].bank.cells
-        n_bytes = memory_budget(cells.device) // (POPULATIONS_HELD * effective_n_jobs(n_jobs))
-        if cells.device.type == "cpu":
+        cell = self.layers[0].bank.take(torch.zeros(1, dtype=torch.int64))
+        n_bytes = memory_budget(cell.device) // (POPULATIONS_HELD * effective_n_jobs(n_jobs))
+        if cell.device.type == "cpu":
             n_bytes = min(n_bytes, CPU_BYTES)
-        row_bytes = self.layers[0].schedule.population_size * cells[0].nbytes
+        row_bytes = self.layers[0].schedule.population_size * cell.nbytes
         step = max(1, n_bytes // row_bytes)
         return [slice(i, min(i + step, n_samples)) for i in range(0, n_samples, step)]
 
@@ -348,5 +352,5 @@ class ImmuneEngine:
 def _move(layers: tuple[ResponseLayer, ...], device: torch.device) -> tuple[ResponseLayer, ...]:
     """Move the cells of loaded layers to the device of their network, one copy for all."""
     bank = layers[0].bank.to(device)
-    domain = layers[0].domain.on(bank.cells)
+    domain = layers[0].domain.on(bank.take(torch.zeros(1, dtype=torch.int64)))
     return tuple(replace(layer, bank=bank, domain=domain) for layer in layers)

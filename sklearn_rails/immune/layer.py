@@ -29,26 +29,90 @@ class CellBank:
 
     Parameters
     ----------
-    cells : torch.Tensor of shape (n, n_features)
+    cells : torch.Tensor of shape (n, n_features), default=None
         On the device of the feature map.
+    neighbors : ClassNeighbors, default=None
+        An index that has the same samples in memory, which are then stored once; instead of
+        ``cells``.
     """
 
-    def __init__(self, cells: torch.Tensor) -> None:
-        self.cells = cells
+    def __init__(
+        self, cells: torch.Tensor | None = None, neighbors: ClassNeighbors | None = None
+    ) -> None:
+        self._cells, self._neighbors = cells, neighbors
+
+    @property
+    def cells(self) -> torch.Tensor:
+        """All cells, (n, n_features); a copy where an index has them."""
+        if self._cells is not None:
+            return self._cells
+        return self.take(torch.arange(len(self), device=self._index.index.device))
+
+    @property
+    def _index(self) -> ClassNeighbors:
+        assert self._neighbors is not None
+        return self._neighbors
+
+    def __len__(self) -> int:
+        return len(self._index.index) if self._cells is None else len(self._cells)
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return a copy of some cells.
+
+        Parameters
+        ----------
+        index : torch.Tensor, int64
+            Their positions among the training samples.
+
+        Returns
+        -------
+        torch.Tensor of shape (*index.shape, n_features)
+        """
+        if self._cells is not None:
+            return self._cells[index]
+        return self._index.take(index.flatten()).view(*index.shape, -1)
+
+    def shared_with(self, neighbors: ClassNeighbors) -> CellBank:
+        """Return a bank without cells of its own, if an index has the same samples.
+
+        Parameters
+        ----------
+        neighbors : ClassNeighbors
+            Of as many samples.
+
+        Returns
+        -------
+        CellBank
+            This one if the index has others, or not in memory.
+        """
+        assert self._cells is not None
+        if not neighbors.holds(self._cells):
+            return self
+        return CellBank(neighbors=neighbors)
+
+    def with_index(self, old: ClassNeighbors, new: ClassNeighbors) -> CellBank:
+        """Return the bank with another index instead of the old one, if it uses that."""
+        return CellBank(neighbors=new) if self._neighbors is old else self
 
     def __getstate__(self) -> dict[str, Any]:
         # Plain arrays load where there is no GPU, and joblib can map them from disk.
-        return {"cells": self.cells.cpu().numpy()}
+        cells = None if self._cells is None else self._cells.cpu().numpy()
+        return {"cells": cells, "neighbors": self._neighbors}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        with warnings.catch_warnings():
-            # Cells that are mapped from disk stay there; torch warns that they are read-only.
-            warnings.simplefilter("ignore", UserWarning)
-            self.cells = torch.from_numpy(np.asarray(state["cells"]))
+        self._neighbors, self._cells = state["neighbors"], None
+        if state["cells"] is not None:
+            with warnings.catch_warnings():
+                # Cells that are mapped from disk stay there; torch warns that they are read-only.
+                warnings.simplefilter("ignore", UserWarning)
+                self._cells = torch.from_numpy(np.asarray(state["cells"]))
 
     def to(self, device: torch.device) -> CellBank:
         """Return the bank on a device."""
-        return CellBank(self.cells.to(device))
+        if self._cells is not None:
+            return CellBank(self._cells.to(device))
+        self._index.move_to(device)
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +230,7 @@ class ResponseLayer:
         return self._recompute if self.neighbors.needs_recompute else None
 
     def _recompute(self, index: torch.Tensor) -> torch.Tensor:
-        return self.features.features_of_cells(self.bank.cells[index], self.name)
+        return self.features.features_of_cells(self.bank.take(index), self.name)
 
     def flock(self, antigens: torch.Tensor) -> Flock:
         """Find the nearest examples of every class, remembered cells included.
@@ -189,7 +253,7 @@ class ResponseLayer:
         k = min(self.n_neighbors, int((sizes + self.remembered.n_samples_).max()))
         flock = self.neighbors.kneighbors(antigens, k, self.recompute)
         affinity, index = self.remembered.kneighbors(antigens, k)
-        index = torch.where(index < 0, index, index + len(self.bank.cells))
+        index = torch.where(index < 0, index, index + len(self.bank))
         return Flock(antigens, *merge_flocks(flock, (affinity, index), k))
 
     def take_cells(self, index: torch.Tensor) -> torch.Tensor:
@@ -205,8 +269,8 @@ class ResponseLayer:
         torch.Tensor of shape (..., n_features)
             A copy.
         """
-        n_train = len(self.bank.cells)
-        cells = self.bank.cells[index.clamp(max=n_train - 1)]
+        n_train = len(self.bank)
+        cells = self.bank.take(index.clamp(max=n_train - 1))
         if self.remembered is not None:
             memory = self.features.to_device(self.memory.cells).flatten(1)
             beyond = index >= n_train
@@ -271,7 +335,7 @@ class ResponseLayer:
                 parents, labels, antigens = parents[rows], labels[rows], antigens[rows]
         no_memory = self.remembered is None
         population = mature(
-            self.bank.cells[parents] if no_memory else self.take_cells(parents),
+            self.bank.take(parents) if no_memory else self.take_cells(parents),
             labels,
             antigens,
             affinities=functools.partial(

@@ -57,14 +57,7 @@ class EstimatorSearch(Search):
     ) -> None:
         super().__init__(affinity, order, store, geometry)
         self._algorithm, self._n_jobs = algorithm, n_jobs
-        if not isinstance(algorithm, str):
-            template = algorithm
-            examples = (store.examples + store.shift).cpu().numpy()
-        elif affinity.is_distance:
-            template = NearestNeighbors(algorithm=algorithm)
-            # Whose distances lose digits far from zero.
-            examples = ((store.examples - geometry.center) * geometry.unit).cpu().numpy()
-        else:
+        if isinstance(algorithm, str) and not affinity.is_distance:
             raise ValueError(
                 f"algorithm={algorithm!r} finds neighbours by a distance, which "
                 f"{affinity.parameter} does not give; use algorithm='auto' or an estimator."
@@ -75,10 +68,27 @@ class EstimatorSearch(Search):
             places = np.arange(start, start + size)
             self._members.append(places[counted[places]])
             self._blanks.append(places[~counted[places]])
-        self._indexes = [
+        self._indexes: list[Any] | None = self._fit_indexes()
+
+    def _fit_indexes(self) -> list[Any]:
+        store, geometry = self.store, self.geometry
+        template: Any
+        if isinstance(self._algorithm, str):
+            template = NearestNeighbors(algorithm=self._algorithm)
+            # Whose distances lose digits far from zero.
+            examples = ((store.examples - geometry.center) * geometry.unit).cpu().numpy()
+        else:
+            template = self._algorithm
+            examples = (store.examples + store.shift).cpu().numpy()
+        return [
             clone(template).fit(examples[members]) if len(members) else None
             for members in self._members
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # scikit-learn's own copy the examples, and are fitted again.
+        indexes = None if isinstance(self._algorithm, str) else self._indexes
+        return super().__getstate__() | {"_indexes": indexes}
 
     def find(self, queries: Tensor, n_neighbors: int, take: Take) -> tuple[Tensor, Tensor]:
         """Find neighbours, as :meth:`~sklearn_rails.neighbors.search.Search.find` says."""
@@ -89,6 +99,8 @@ class EstimatorSearch(Search):
         if isinstance(self._algorithm, str):
             queries = (queries - self.geometry.origin) * self.geometry.unit
         rows = queries.cpu().numpy()
+        if self._indexes is None:
+            self._indexes = self._fit_indexes()
         found = Parallel(n_jobs=self._n_jobs, require="sharedmem")(
             delayed(self._ask)(index, members, rows, n_neighbors)
             for index, members in zip(self._indexes, self._members, strict=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._conformal import sample_rows
-from .affinity import resolve_affinity
+from .affinity import Euclidean, resolve_affinity
 from .base import ProductAffinity
 from .estimators import EstimatorSearch
 from .exact import AllPairsSearch, ProductSearch, UnitLengthSearch, product_is_exact
@@ -143,7 +143,6 @@ class ClassNeighbors:
         self.store = exact.make_store(self.affinity)
         self._order = ClassOrder(y, n_classes)
         self.n_samples_ = np.array(self._order.sizes)
-        self._inverse_order = self._order.inverse()
         return self
 
     def add(self, rows: slice, features: Tensor) -> ClassNeighbors:
@@ -196,12 +195,12 @@ class ClassNeighbors:
     def _add_prepared(self, rows: slice | Tensor, features: Tensor) -> None:
         if self.store.is_empty:
             self._allocate(features)
-        places = self._inverse_order[rows].to(features.device)
+        places = self._order.inverse()[rows].to(features.device)
         self._blank[places] = self.affinity.find_blank(features)
         self.store.add(places, features)
 
     def _allocate(self, sample: Tensor) -> None:
-        n_samples = len(self._inverse_order)
+        n_samples = len(self._order.index)
         self.store.allocate(n_samples, sample)
         self._blank = torch.zeros(n_samples, dtype=torch.bool, device=sample.device)
 
@@ -235,7 +234,7 @@ class ClassNeighbors:
             self._search = search
         else:
             self._search = AllPairsSearch(*parts)
-        del self._inverse_order, self._blank
+        del self._blank
         return self
 
     @torch.no_grad()  # an affinity may have parameters of its own
@@ -289,9 +288,45 @@ class ClassNeighbors:
         return self.store.needs_recompute
 
     @property
+    def is_default(self) -> bool:
+        """Whether distances are Euclidean, and examples exact, wherever they are kept."""
+        is_exact = self.algorithm == "auto" or isinstance(self.algorithm, ExactNeighbors)
+        return type(self.affinity) is Euclidean and is_exact and not self.needs_recompute
+
+    @property
     def index(self) -> Tensor:
         """Positions of the examples among those of :meth:`fit`, class after class."""
         return self._order.index
+
+    def move_to(self, device: torch.device) -> None:
+        """Move to a device, as a query does that is there.
+
+        Parameters
+        ----------
+        device : torch.device
+        """
+        self._search.move_to(device)
+
+    def holds(self, features: Tensor) -> bool:
+        """Check whether the examples are kept in memory as they were given.
+
+        Parameters
+        ----------
+        features : torch.Tensor of shape (n_samples, n_features)
+            All examples of :meth:`fit`.
+
+        Returns
+        -------
+        bool
+        """
+        store = self.store
+        if store.folder is not None or store.examples.shape != features.shape:
+            return False
+        step = max(1, BLOCK_BYTES // features[0].nbytes)
+        blocks = torch.arange(len(features), device=self.index.device).split(step)
+        return all(
+            torch.equal(self.take(block), features[block[0] : block[-1] + 1]) for block in blocks
+        )
 
     def pooled(self, device: torch.device, lengths: Tensor | None = None) -> ClassNeighbors:
         """Return the same examples as a single class.
@@ -310,7 +345,7 @@ class ClassNeighbors:
         ClassNeighbors
             That shares memory with this one. Ties go by index.
         """
-        self._search.move_to(device)
+        self.move_to(device)
         view = copy.copy(self)
         view.n_samples_ = np.array([len(self.index)])
         view._order = self._order.pooled()
@@ -375,7 +410,7 @@ class ClassNeighbors:
         index : torch.Tensor of shape (n,), int64
             Their positions among those of :meth:`fit`.
         """
-        self._search.move_to(device)
+        self.move_to(device)
         start = int(self._order.starts[c])
         members = slice(start, start + self._order.sizes[c])
         return self.store.read(members), self.index[members]

@@ -99,6 +99,7 @@ class ClassOrder(DeviceTensors):
         self.smallest = min(self.sizes)
         self.is_sorted = True
         self._groups: list[ClassGroup] | None = None
+        self._inverse: Tensor | None = None
 
     def groups(self) -> list[ClassGroup]:
         """Return the classes in groups of similar sizes, largest first; computed once.
@@ -127,21 +128,34 @@ class ClassOrder(DeviceTensors):
         device : torch.device
         """
         super().move_to(device)
-        self._groups = None
+        self._groups = self._inverse = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_groups": None}
+        # The smallest type that holds the positions: for few features they take much of a file.
+        index = self.index.cpu().numpy().astype(np.min_scalar_type(len(self.index)))
+        return vars(self) | {
+            "index": index,
+            "starts": self.starts.cpu().numpy(),
+            "_groups": None,
+            "_inverse": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.index = torch.from_numpy(state["index"].astype(np.int64))
 
     def inverse(self) -> Tensor:
-        """Return the place in the store of each of the examples.
+        """Return the place in the store of each of the examples; computed once.
 
         Returns
         -------
         torch.Tensor of shape (n_samples,), int64
         """
-        inverse_order = torch.empty_like(self.index)
-        inverse_order[self.index] = torch.arange(len(self.index), device=self.index.device)
-        return inverse_order
+        if self._inverse is None:
+            inverse_order = torch.empty_like(self.index)
+            inverse_order[self.index] = torch.arange(len(self.index), device=self.index.device)
+            self._inverse = inverse_order
+        return self._inverse
 
     def pooled(self) -> ClassOrder:
         """Return the same order as that of a single class.

@@ -1,7 +1,8 @@
 """What detectors are given: clean samples in fit, and samples to be scored."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,58 +21,38 @@ from ..neighbors.votes import nearest
 TYPICAL_SAMPLES = 256
 
 
-class CleanSamples:
-    """The samples of ``fit``, from which detectors learn.
-
-    The features are stored once, in the index of the neighbours, which is filled in blocks.
+class IndexedSamples:
+    """The features of samples, as they are stored once in the indexes of their neighbours.
 
     Parameters
     ----------
-    X : ndarray or torch.Tensor of shape (n, n_features)
+    neighbors : dict of str to ClassNeighbors
+        The samples in each layer by class.
     labels : ndarray of shape (n,)
         Their classes, as integers from 0.
     n_classes : int
-    n_neighbors : int
-        Less than n.
-    feature_map : FeatureMap
-    training : ndarray of int, default=None
-        Positions of the samples that do not calibrate, for detectors that cannot leave one out.
-        None takes all.
-
-    Attributes
-    ----------
-    neighbors : dict of str to ClassNeighbors
-        The samples in each layer by class, which all detectors share.
-
-    Raises
-    ------
-    ValueError
-        If a feature is not finite.
     """
 
     def __init__(
-        self,
-        X: NDArray[Any] | torch.Tensor,
-        labels: NDArray[np.int64],
-        n_classes: int,
-        n_neighbors: int,
-        feature_map: FeatureMap,
-        training: NDArray[np.int64] | None = None,
+        self, neighbors: dict[str, ClassNeighbors], labels: NDArray[np.int64], n_classes: int
     ) -> None:
-        self.X = X
-        self.training = np.arange(len(X)) if training is None else training
+        self.neighbors = neighbors
         self.labels = labels
         self.n_classes = n_classes
-        self.n_neighbors = n_neighbors
-        self.feature_map = feature_map
-        self.neighbors: dict[str, ClassNeighbors] = {
-            layer: ClassNeighbors().start(labels, n_classes) for layer in feature_map.layers
-        }
-        for block in block_slices(len(X), feature_map.row_bytes, feature_map.device):
-            for layer, features in feature_map(X[block]).items():
-                self.neighbors[layer].add(block, features)
-        for neighbors in self.neighbors.values():
-            neighbors.build()
+
+    def of_layers(self, layers: Collection[str]) -> "IndexedSamples":
+        """Return the samples in some of the layers.
+
+        Parameters
+        ----------
+        layers : collection of str
+
+        Returns
+        -------
+        IndexedSamples
+        """
+        neighbors = {layer: n for layer, n in self.neighbors.items() if layer in layers}
+        return IndexedSamples(neighbors, self.labels, self.n_classes)
 
     def examples(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the features of all samples in a layer, class after class.
@@ -86,8 +67,9 @@ class CleanSamples:
         index : torch.Tensor of shape (n,), int64
             Positions of the samples in X.
         """
-        device = self.feature_map.device
-        return self.neighbors[layer].pooled(device).examples_of(0, device)
+        neighbors = self.neighbors[layer]
+        device = neighbors.index.device
+        return neighbors.pooled(device).examples_of(0, device)
 
     def features_of(self, layer: str, positions: NDArray[np.int64]) -> torch.Tensor:
         """Return the features of some samples in a layer.
@@ -102,26 +84,8 @@ class CleanSamples:
         -------
         torch.Tensor of shape (m, n_layer_features)
         """
-        examples, _ = self.examples(layer)
-        places = self._inverse_order[torch.from_numpy(positions)]
-        return examples[places.to(examples.device)]
-
-    @functools.cached_property
-    def _inverse_order(self) -> torch.Tensor:
-        index = next(iter(self.neighbors.values())).index.cpu()
-        return torch.empty_like(index).scatter_(0, index, torch.arange(len(index)))
-
-    @functools.cached_property
-    def radii(self) -> dict[str, float]:
-        """Median distance of the k-th neighbour in each layer, of samples without themselves."""
-        self_index, radii = self.draw(TYPICAL_SAMPLES), {}
-        for layer, neighbors in self.neighbors.items():
-            features = self.features_of(layer, self_index)
-            pooled = neighbors.pooled(features.device)
-            distance, _ = nearest(pooled, features, self.n_neighbors, self_index)
-            radius = float(distance[:, -1].median())
-            radii[layer] = radius if radius > 0 else 1.0
-        return radii
+        neighbors = self.neighbors[layer]
+        return neighbors.take(torch.from_numpy(positions).to(neighbors.index.device))
 
     @functools.cached_property
     def centers(self) -> dict[str, torch.Tensor]:
@@ -150,7 +114,128 @@ class CleanSamples:
         ndarray of shape (min(n, size),), int64
             In ascending order.
         """
-        return sample_rows(len(self.X), size, rng=0)
+        return sample_rows(len(self.labels), size, rng=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The centers are computed again where they are needed.
+        return {name: value for name, value in vars(self).items() if name != "centers"}
+
+
+@dataclass(frozen=True)
+class OuterIndexes:
+    """Indexes of the samples of ``fit`` that an estimator has which holds a threat scorer.
+
+    Attributes
+    ----------
+    feature_map : FeatureMap
+    labels : ndarray of shape (n,)
+        Classes of the samples, as integers from 0.
+    neighbors : dict of str to ClassNeighbors
+    """
+
+    feature_map: FeatureMap
+    labels: NDArray[np.int64]
+    neighbors: Mapping[str, ClassNeighbors]
+
+    def usable(
+        self, feature_map: FeatureMap, labels: NDArray[np.int64], n_classes: int
+    ) -> dict[str, ClassNeighbors]:
+        """Return the indexes that detectors would build themselves.
+
+        Parameters
+        ----------
+        feature_map : FeatureMap
+            Of the threat scorer.
+        labels : ndarray of shape (n,)
+            The classes of the samples as the threat scorer knows them.
+        n_classes : int
+
+        Returns
+        -------
+        dict of str to ClassNeighbors
+        """
+        same = feature_map.computes_as(self.feature_map) and np.array_equal(labels, self.labels)
+        return {
+            layer: neighbors
+            for layer, neighbors in self.neighbors.items()
+            if same and len(neighbors.n_samples_) == n_classes and neighbors.is_default
+        }
+
+
+class CleanSamples(IndexedSamples):
+    """The samples of ``fit``, from which detectors learn.
+
+    The features are stored once, in the index of the neighbours, which is filled in blocks.
+
+    Parameters
+    ----------
+    X : ndarray or torch.Tensor of shape (n, n_features)
+    labels : ndarray of shape (n,)
+        Their classes, as integers from 0.
+    n_classes : int
+    n_neighbors : int
+        Less than n.
+    feature_map : FeatureMap
+    training : ndarray of int, default=None
+        Positions of the samples that do not calibrate, for detectors that cannot leave one out.
+        None takes all.
+    known : dict of str to ClassNeighbors, default=None
+        Indexes of the same samples by the same map and classes, if there are any.
+
+    Attributes
+    ----------
+    neighbors : dict of str to ClassNeighbors
+        The samples in each layer by class, which all detectors share.
+
+    Raises
+    ------
+    ValueError
+        If a feature is not finite.
+    """
+
+    def __init__(
+        self,
+        X: NDArray[Any] | torch.Tensor,
+        labels: NDArray[np.int64],
+        n_classes: int,
+        n_neighbors: int,
+        feature_map: FeatureMap,
+        training: NDArray[np.int64] | None = None,
+        known: Mapping[str, ClassNeighbors] | None = None,
+    ) -> None:
+        known = known or {}
+        super().__init__(
+            {
+                layer: known.get(layer) or ClassNeighbors().start(labels, n_classes)
+                for layer in feature_map.layers
+            },
+            labels,
+            n_classes,
+        )
+        self.X = X
+        self.training = np.arange(len(X)) if training is None else training
+        self.n_neighbors = n_neighbors
+        self.feature_map = feature_map
+        missing = {layer: n for layer, n in self.neighbors.items() if layer not in known}
+        if missing:
+            for block in block_slices(len(X), feature_map.row_bytes, feature_map.device):
+                features = feature_map(X[block])
+                for layer, neighbors in missing.items():
+                    neighbors.add(block, features[layer])
+        for neighbors in missing.values():
+            neighbors.build()
+
+    @functools.cached_property
+    def radii(self) -> dict[str, float]:
+        """Median distance of the k-th neighbour in each layer, of samples without themselves."""
+        self_index, radii = self.draw(TYPICAL_SAMPLES), {}
+        for layer, neighbors in self.neighbors.items():
+            features = self.features_of(layer, self_index)
+            pooled = neighbors.pooled(features.device)
+            distance, _ = nearest(pooled, features, self.n_neighbors, self_index)
+            radius = float(distance[:, -1].median())
+            radii[layer] = radius if radius > 0 else 1.0
+        return radii
 
 
 class Query:

@@ -143,22 +143,29 @@ def _run_with_variants(
 class Evidence:
     """Turn the scores of several detectors into evidence, by those of clean samples.
 
-    Parameters
-    ----------
-    scores : list of ndarray of shape (n, n_scores)
-        The scores of each detector for clean samples.
-    rng : numpy.random.RandomState
-        Draws the half of the samples that sets the scales, if there is more than one score.
-
     Attributes
     ----------
     n_scores : list of int
         Number of scores of each detector.
-    threat : ndarray of shape (n_calibration,)
-        The summed evidence of the clean samples that may set a threshold for it.
     """
 
-    def __init__(self, scores: list[NDArray[np.float64]], rng: np.random.RandomState) -> None:
+    def fit(
+        self, scores: list[NDArray[np.float64]], rng: np.random.RandomState
+    ) -> NDArray[np.float64]:
+        """Set the scales by the scores of clean samples.
+
+        Parameters
+        ----------
+        scores : list of ndarray of shape (n, n_scores)
+            The scores of each detector for clean samples.
+        rng : numpy.random.RandomState
+            Draws the half of the samples that sets the scales, if there is more than one score.
+
+        Returns
+        -------
+        ndarray of shape (n_calibration,), float64
+            The summed evidence of the clean samples that may set a threshold for it.
+        """
         n_samples = len(scores[0])
         self.n_scores = [raw.shape[1] for raw in scores]
         for_scales = for_threshold = np.arange(n_samples)
@@ -168,7 +175,8 @@ class Evidence:
             for_scales = sample_rows(n_samples, n_samples // 2, rng)
             for_threshold = np.setdiff1d(for_threshold, for_scales)
         self._scales = [[ConformalScale(c, for_scales) for c in raw.T] for raw in scores]
-        self.threat = self([raw[for_threshold] for raw in scores]).sum(axis=1)
+        threat: NDArray[np.float64] = self([raw[for_threshold] for raw in scores]).sum(axis=1)
+        return threat
 
     def __call__(self, scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Compute the evidence of each detector, summed over its scores.

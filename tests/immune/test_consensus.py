@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sklearn_rails.immune.consensus import (
@@ -106,6 +106,7 @@ def test_a_class_without_an_affinity_changes_no_other_term(affinity, place, tau)
     ),
     tau=st.sampled_from([1e-320, 1e-30, 1.0, 1e30, 1e308]),
 )
+@example([-1.7e308, -1.7e308, -1.7e308, -1.7e308, -1.7e308, -1e300, 1.7e308], 1e308)
 def test_terms_are_ordered_near_the_limits_of_numbers(affinity, tau):
     term = tie_break(torch.tensor([affinity], dtype=torch.float64), tau)[0]
     assert ((term >= 0) & (term <= 0.5)).all()

@@ -167,7 +167,7 @@ def test_mahalanobis_is_to_the_nearest_mean_and_leaves_one_out(net, samples, few
     means = np.stack([features[y == c].mean(axis=0) for c in range(N_CLASSES + 1)])
     residuals = (features - means[y])[used]
     scatter = residuals.T @ residuals / len(used)
-    s = detector.whitening_["1"].shrinkage
+    s = detector.estimates_["1"].whitening.shrinkage
     target = s * np.trace(scatter) / 6 * np.eye(6)
 
     def nearest(f, means, scatter):
@@ -263,7 +263,10 @@ def test_scores_do_not_depend_on_batch_composition(method, apart):
     if method == "mahalanobis":
         centers = np.stack([X[y == c].astype(np.float64).mean(axis=0) for c in range(6)])
         residuals = X - centers[y]
-        scatter, s = residuals.T @ residuals / len(X), detector.whitening_["input"].shrinkage
+        scatter, s = (
+            residuals.T @ residuals / len(X),
+            detector.estimates_["input"].whitening.shrinkage,
+        )
         precision = np.linalg.inv((1 - s) * scatter + s * np.trace(scatter) / 8 * np.eye(8))
         differences = (X + np.float32(0.25)).astype(np.float64)[:, None] - centers
         expected = np.einsum("nci,ij,ncj->nc", differences, precision, differences).min(axis=1)
