@@ -285,6 +285,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         known = {}
         if self._outer is not None:
             known = self._outer.usable(self.feature_map_, labels, self._n_classes)
+            labels = self._outer.labels if known else labels  # the same, stored once
         clean = CleanSamples(
             samples, labels, self._n_classes, self.n_neighbors_, self.feature_map_, training, known
         )
