@@ -129,6 +129,36 @@ def make_estimators(network, dtype):
     yield "ThreatScorer", ThreatScorer(network, **settings)
 
 
+def measure_serving(data_home, n_requests, dtype="float32"):
+    """Give the measurements of each estimator."""
+    data, network = load_data("mnist", data_home), load_network("mnist", data_home)
+    X, y, rows, _ = split_rows("mnist", data, n_requests + N_WARM)
+    for name, estimator in make_estimators(network, dtype):
+        if name != "network":
+            estimator.fit(X, y)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "estimator.joblib"
+            joblib.dump(estimator, path)
+            seconds, cpu = measure_requests(path, rows)
+        row = {
+            "estimator": name,
+            "p50_ms": round(1e3 * np.median(seconds), 2),
+            "p99_ms": round(1e3 * np.quantile(seconds, 0.99), 2),
+            "cpu_ms": round(1e3 * cpu, 2),
+            "limit_ms": LIMITS[name],
+        }
+        for size in BATCHES:
+            wall, cpu = measure_throughput(estimator, rows, size, n_requests)
+            row |= {f"images_per_s_{size}": round(wall), f"images_per_cpu_s_{size}": round(cpu)}
+        yield row | {
+            "dtype": dtype,
+            "threads": torch.get_num_threads(),
+            "processor": processor(),
+            "version": __version__,
+            "torch": torch.__version__,
+        }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-home", help="folder of mnist.npz")
@@ -138,36 +168,11 @@ def main():
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve)
-    data, network = load_data("mnist", options.data_home), load_network("mnist", options.data_home)
-    X, y, rows, _ = split_rows("mnist", data, options.requests + N_WARM)
     results, n_short = [], 0
-    for name, estimator in make_estimators(network, options.dtype):
-        if name != "network":
-            estimator.fit(X, y)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "estimator.joblib"
-            joblib.dump(estimator, path)
-            seconds, cpu = measure_requests(path, rows)
-        limit = LIMITS[name]
-        is_short = limit is not None and 1e3 * cpu > limit
+    for row in measure_serving(options.data_home, options.requests, options.dtype):
+        limit = row["limit_ms"]
+        is_short = limit is not None and row["cpu_ms"] > limit
         n_short += is_short
-        row = {
-            "estimator": name,
-            "p50_ms": round(1e3 * np.median(seconds), 2),
-            "p99_ms": round(1e3 * np.quantile(seconds, 0.99), 2),
-            "cpu_ms": round(1e3 * cpu, 2),
-            "limit_ms": limit,
-        }
-        for size in BATCHES:
-            wall, cpu = measure_throughput(estimator, rows, size, options.requests)
-            row |= {f"images_per_s_{size}": round(wall), f"images_per_cpu_s_{size}": round(cpu)}
-        row |= {
-            "dtype": options.dtype,
-            "threads": torch.get_num_threads(),
-            "processor": processor(),
-            "version": __version__,
-            "torch": torch.__version__,
-        }
         verdict = "" if limit is None else "SHORT" if is_short else "ok"
         print(f"{verdict:<5}", ", ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         results.append(row)

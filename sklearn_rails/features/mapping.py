@@ -1,6 +1,7 @@
 """The maps f_l from samples to layers' features, as a fitted estimator keeps them."""
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -151,6 +152,11 @@ class FeatureMap:
         """Size of the features of one sample, in bytes; known after :meth:`probe`."""
         return self.n_features_out * self.dtype.itemsize
 
+    @functools.cached_property
+    def cell_bytes(self) -> int:
+        """Size of one cell, in bytes; known after :meth:`probe`."""
+        return math.prod(self.cell_shape) * self.dtype.itemsize
+
     def warn_once(self, topic: str, message: str) -> None:
         """Warn of each topic only once, until the network changes."""
         if topic not in self._warned:
@@ -252,6 +258,7 @@ class FeatureMap:
         )
         if self.start_layer is not None:
             self.cell_shape = found.shapes[self.start_layer]
+        self.__dict__.pop("cell_bytes", None)
         self.n_features_out = sum(found.features[name].shape[1] for name in self.layers)
 
     def find_layers(self, max_layers: int | None = None) -> tuple[str, ...]:

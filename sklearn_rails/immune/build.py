@@ -18,8 +18,8 @@ from ..neighbors.leave_one_out import scale_of_affinity
 from .compiled import prepare_compiler
 from .domain import find_domain
 from .engine import ImmuneEngine
-from .layer import CellBank, ResponseLayer
-from .maturation import Schedule
+from .layer import ResponseLayer
+from .maturation import CellBank, Schedule
 from .memory import MemoryBank
 from .random import Mutation, RandomStream
 

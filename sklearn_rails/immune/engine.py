@@ -301,11 +301,11 @@ class ImmuneEngine:
 
     def _population_blocks(self, n_samples: int, n_jobs: int | None) -> list[slice]:
         """Split samples into blocks whose populations fit into memory."""
-        cell = self.layers[0].bank.take(torch.zeros(1, dtype=torch.int64))
-        n_bytes = memory_budget(cell.device) // (POPULATIONS_HELD * effective_n_jobs(n_jobs))
-        if cell.device.type == "cpu":
+        features = self.features
+        n_bytes = memory_budget(features.device) // (POPULATIONS_HELD * effective_n_jobs(n_jobs))
+        if features.device.type == "cpu":
             n_bytes = min(n_bytes, CPU_BYTES)
-        row_bytes = self.layers[0].schedule.population_size * cell.nbytes
+        row_bytes = self.layers[0].schedule.population_size * features.cell_bytes
         step = max(1, n_bytes // row_bytes)
         return [slice(i, min(i + step, n_samples)) for i in range(0, n_samples, step)]
 

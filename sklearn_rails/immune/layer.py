@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -18,101 +16,10 @@ from ..neighbors import Affinity, ClassNeighbors
 from ..neighbors.index import merge_flocks
 from .consensus import class_affinity, count_votes, rank_by_affinity, tie_break
 from .domain import Domain
-from .maturation import Population, Schedule, mature
+from .maturation import CellBank, Population, Schedule, mature
 from .memory import MemoryBank
 from .operators import check_alive, clone_neighbors, leading_class
 from .random import RandomStream
-
-
-class CellBank:
-    """The training samples in the space that populations live in.
-
-    Parameters
-    ----------
-    cells : torch.Tensor of shape (n, n_features), default=None
-        On the device of the feature map.
-    neighbors : ClassNeighbors, default=None
-        An index that has the same samples in memory, which are then stored once; instead of
-        ``cells``.
-    """
-
-    def __init__(
-        self, cells: torch.Tensor | None = None, neighbors: ClassNeighbors | None = None
-    ) -> None:
-        self._cells, self._neighbors = cells, neighbors
-
-    @property
-    def cells(self) -> torch.Tensor:
-        """All cells, (n, n_features); a copy where an index has them."""
-        if self._cells is not None:
-            return self._cells
-        return self.take(torch.arange(len(self), device=self._index.index.device))
-
-    @property
-    def _index(self) -> ClassNeighbors:
-        assert self._neighbors is not None
-        return self._neighbors
-
-    def __len__(self) -> int:
-        return len(self._index.index) if self._cells is None else len(self._cells)
-
-    def take(self, index: torch.Tensor) -> torch.Tensor:
-        """Return a copy of some cells.
-
-        Parameters
-        ----------
-        index : torch.Tensor, int64
-            Their positions among the training samples.
-
-        Returns
-        -------
-        torch.Tensor of shape (*index.shape, n_features)
-        """
-        if self._cells is not None:
-            return self._cells[index]
-        return self._index.take(index.flatten()).view(*index.shape, -1)
-
-    def shared_with(self, neighbors: ClassNeighbors) -> CellBank:
-        """Return a bank without cells of its own, if an index has the same samples.
-
-        Parameters
-        ----------
-        neighbors : ClassNeighbors
-            Of as many samples.
-
-        Returns
-        -------
-        CellBank
-            This one if the index has others, or not in memory.
-        """
-        assert self._cells is not None
-        if not neighbors.holds(self._cells):
-            return self
-        return CellBank(neighbors=neighbors)
-
-    def with_index(self, old: ClassNeighbors, new: ClassNeighbors) -> CellBank:
-        """Return the bank with another index instead of the old one, if it uses that."""
-        return CellBank(neighbors=new) if self._neighbors is old else self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Plain arrays load where there is no GPU, and joblib can map them from disk.
-        cells = None if self._cells is None else self._cells.cpu().numpy()
-        return {"cells": cells, "neighbors": self._neighbors}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._neighbors, self._cells = state["neighbors"], None
-        if state["cells"] is not None:
-            with warnings.catch_warnings():
-                # Cells that are mapped from disk stay there; torch warns that they are read-only.
-                warnings.simplefilter("ignore", UserWarning)
-                self._cells = torch.from_numpy(np.asarray(state["cells"]))
-
-    def to(self, device: torch.device) -> CellBank:
-        """Return the bank on a device."""
-        if self._cells is not None:
-            return CellBank(self._cells.to(device))
-        self._index.move_to(device)
-        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from .base import Numbers, ProductAffinity, product_rounding
 from .geometry import Geometry
 from .norms import norm, normalize_rows
 from .order import ClassOrder, find_top_scores
+from .products import add_split_product, split_is_faster
 from .search import Recompute, Search, Take
 from .sketch import Sketch
 from .store import BLOCK_BYTES, ExampleStore
@@ -23,6 +24,9 @@ from .store import BLOCK_BYTES, ExampleStore
 # in pieces of 1 MiB takes 1.1 to 1.7 times as long as full precision (one query, 6,000 x 4,096 and
 # 20,000 x 64 or 512), in pieces of 256 KiB or 4 MiB 1.2 to 3.8 times as long.
 PIECE_BYTES = 2**20
+
+# Up to so many queries, and from so many bytes of examples on, their products may be split.
+MAX_SPLIT, MIN_SPLIT_BYTES = 4, 2**18
 
 # Share of the examples that sketches may leave over for a query: beyond it the product with all
 # examples takes less time.
@@ -196,7 +200,7 @@ class ProductSearch(AllPairsSearch):
         assert self.sketch is not None
         # Scores differ from those relative to the centre by a constant of each query.
         constants = torch.mv(moved, self.geometry.center).mul_(self.geometry.unit)
-        bounds = torch.addmm(self._offsets, self.sketch(moved), self.sketch.examples.T)
+        bounds = add_product(self._offsets, self.sketch(moved), self.sketch.examples)
         bounds += constants[:, None]
         promising = find_top_scores(bounds, self.order, n_neighbors)[1].flatten(1)
         known = self._scores_at(moved, promising).view(len(moved), -1, n_neighbors)
@@ -293,7 +297,7 @@ class ProductSearch(AllPairsSearch):
         scaled = moved if unit == 1 else moved * unit
         is_plain = examples.dtype == moved.dtype and examples.device == moved.device
         if is_plain and product_is_exact(scaled):
-            return torch.addmm(self._offsets, scaled, examples.T)
+            return add_product(self._offsets, scaled, examples)
         return self._products(scaled).add_(self._offsets)
 
     def _products(self, queries: Tensor) -> Tensor:
@@ -359,6 +363,27 @@ class UnitLengthSearch(ProductSearch):
     def _score_error(self, moved: Tensor, norms: Numbers, scores: Numbers) -> float:
         shift = float(norm(self.store.shift))
         return product_rounding(moved) * (2 + 2 * shift / float(self._lengths.min()))
+
+
+def add_product(offsets: Tensor, queries: Tensor, examples: Tensor) -> Tensor:
+    """Return offsets plus the products of queries and examples, the faster of two ways.
+
+    Parameters
+    ----------
+    offsets : torch.Tensor of shape (n,)
+    queries : torch.Tensor of shape (m, n_features)
+    examples : torch.Tensor of shape (n, n_features)
+
+    Returns
+    -------
+    torch.Tensor of shape (m, n)
+    """
+    is_few = len(queries) <= MAX_SPLIT and examples.nbytes >= MIN_SPLIT_BYTES
+    if is_few and examples.device.type == "cpu" and examples.is_contiguous():
+        n_threads = torch.get_num_threads()
+        if split_is_faster(examples.shape[1], examples.dtype, n_threads):
+            return add_split_product(offsets, queries, examples, n_threads)
+    return torch.addmm(offsets, queries, examples.T)
 
 
 def product_is_exact(tensor: Tensor) -> bool:
