@@ -408,7 +408,7 @@ def bench_files(repeat, data_home):
 
 
 class SlowNetwork(nn.Module):
-    """Takes 10 ms for every pass, and counts rows."""
+    """Takes 10 ms for every row, and counts rows."""
 
     counts = []  # of all instances, since estimators run a copy
 
@@ -417,7 +417,7 @@ class SlowNetwork(nn.Module):
         self.layer = nn.Linear(64, 9)
 
     def forward(self, x):
-        time.sleep(0.01)
+        time.sleep(0.01 * len(x))
         self.counts.append(len(x))
         return self.layer(x)
 

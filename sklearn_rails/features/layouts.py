@@ -16,8 +16,10 @@ from .probe import ProbeResult
 from .truncation import TruncatedNetwork
 
 # Batch sizes that are tried: on a CPU small batches stay in the caches, a GPU needs many images to
-# be busy. Vectors are cheap, so that the overhead of a call weighs more.
+# be busy. Vectors are cheap, so that the overhead of a call weighs more, unless a further one takes
+# CHEAP_SECONDS or more.
 CPU_IMAGES, GPU_IMAGES, VECTORS = (64, 32, 16, 128, 256), (1024, 256, 4096), (1024, 256, 4096)
+CHEAP_SECONDS = 5e-4
 
 # Another layout than the first is chosen if it takes less than this share of the time, in the best
 # of N_TRIALS trials, each of as many cells as take MEASURED_SECONDS.
@@ -86,8 +88,10 @@ class Layouts:
                 # Batches are filled up to their size, so that a larger one only costs time.
                 size = min(batch_size, max(n_samples, LARGEST_NEEDED))
             self._fixed = BatchLayout(max(size, self.smallest), exact=is_exact)
+        self._is_cheap = not probed or probed.seconds_per_further_sample < CHEAP_SECONDS
         # Token ids cost as much as images, other vectors do not.
-        self._is_vector = len(input_shape) == 1 and not (probed and probed.integer_input)
+        is_integer = bool(probed and probed.integer_input)
+        self._is_vector = len(input_shape) == 1 and not is_integer and self._is_cheap
         self.run_on(device)
 
     def run_on(self, device: torch.device) -> None:
@@ -159,6 +163,7 @@ class Layouts:
             dtype=network.dtype,
             max_seconds=self._max_seconds,
             seconds_per_sample=self._seconds_per_sample,
+            is_cheap=self._is_cheap,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,6 +179,7 @@ def fastest_layout(
     dtype: torch.dtype,
     max_seconds: float = math.inf,
     seconds_per_sample: float = 0.0,
+    is_cheap: bool = True,
 ) -> BatchLayout:
     """Choose the layout that takes the least time for blank cells.
 
@@ -189,12 +195,15 @@ def fastest_layout(
         About how long all trials together may take; there are none if that is too short.
     seconds_per_sample : float, default=0
         An upper estimate of the time that one cell takes.
+    is_cheap : bool, default=True
+        Whether a further cell takes little time, as most vectors do.
 
     Returns
     -------
     BatchLayout
     """
-    sizes = VECTORS if len(shape) == 1 else CPU_IMAGES if device.type == "cpu" else GPU_IMAGES
+    is_vector = len(shape) == 1 and is_cheap
+    sizes = VECTORS if is_vector else CPU_IMAGES if device.type == "cpu" else GPU_IMAGES
     smallest = min(sizes)
     formats = (False, True) if len(shape) == 3 else (False,)
     # Three passes find the number of cells, the trials follow.

@@ -46,6 +46,8 @@ class ProbeResult:
         Whether it draws from the global random state.
     seconds_per_sample : float
         Time of one sample alone.
+    seconds_per_further_sample : float
+        Time that a second sample adds to it.
     """
 
     samples: NDArray[Any]
@@ -56,6 +58,7 @@ class ProbeResult:
     smallest_batch: int
     draws_random: bool
     seconds_per_sample: float
+    seconds_per_further_sample: float
 
 
 class Probe:
@@ -149,7 +152,7 @@ class Probe:
     def _check_samples(
         self, x: torch.Tensor, integer_input: bool, state: dict[str, Any]
     ) -> ProbeResult:
-        is_exact, smallest_batch, seconds = False, 1, 0.0
+        is_exact, smallest_batch, seconds = False, 1, (0.0, 0.0)
         try:
             outputs = self._check(x)
         except Exception:
@@ -174,28 +177,36 @@ class Probe:
             is_exact=is_exact,
             smallest_batch=smallest_batch,
             draws_random=draws_random,
-            seconds_per_sample=seconds,
+            seconds_per_sample=seconds[0],
+            seconds_per_further_sample=seconds[1],
         )
 
     def _check(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return check_layers(self._network, x, self.layers, self.start_layer)
 
-    def _try_alone(self, x: torch.Tensor, outputs: dict[str, torch.Tensor]) -> tuple[bool, float]:
+    def _try_alone(
+        self, x: torch.Tensor, outputs: dict[str, torch.Tensor]
+    ) -> tuple[bool, tuple[float, float]]:
         """Check whether one sample alone has the features that it has beside another, and time it.
 
         Returns
         -------
         runs_alone : bool
-        seconds : float
+        seconds : tuple of float
+            Of one sample alone, and of a further one.
         """
-        seconds = []
-        for _ in range(2):  # the first pass of a shape may take several times as long
+
+        def measure(rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
             start = time.perf_counter()
-            try:
-                alone = self._network(x[:1], self.layers)
-            except Exception:  # a squeeze() drops the axis of the samples
-                return False, 0.0
-            seconds.append(time.perf_counter() - start)
+            found = self._network(rows, self.layers)
+            return found, time.perf_counter() - start
+
+        try:
+            measure(x[:1])  # the first pass of a shape may take several times as long
+            alone, seconds = measure(x[:1])
+        except Exception:  # a squeeze() drops the axis of the samples
+            return False, (0.0, 0.0)
+        _, both = measure(x)
         is_same = all(
             bool(
                 (values[0] - outputs[name][0]).abs().max()
@@ -204,7 +215,7 @@ class Probe:
             or not outputs[name][0].isfinite().all()
             for name, values in alone.items()
         )
-        return is_same, min(seconds)
+        return is_same, (seconds, max(0.0, both - seconds))
 
     def _explain(self, errors: Sequence[Exception]) -> str:
         texts = [f"{type(error).__name__}: {error}".rstrip(".") for error in errors]

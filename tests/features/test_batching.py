@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import config_context
 
-from sklearn_rails import RAILSClassifier, TorchFeatureExtractor
+from sklearn_rails import DkNNClassifier, RAILSClassifier, TorchFeatureExtractor
 from sklearn_rails._blocks import block_slices
 from sklearn_rails.features.batching import (
     BatchLayout,
@@ -73,13 +73,16 @@ def test_layouts_for_which_there_is_no_memory_or_no_time_are_left_out():
     assert fastest_layout(fail, (3,), **settings) == BatchLayout(1)
 
 
-def test_a_slow_network_is_not_measured(digits):
+@pytest.mark.parametrize("shape", [(1, 8, 8), (64,)])
+@pytest.mark.parametrize("estimator", [RAILSClassifier, DkNNClassifier])
+def test_a_slow_network_is_not_measured(digits, shape, estimator):
     def run(rows, layout):
         raise AssertionError("no time for a trial")
 
     settings = {"device": torch.device("cpu"), "dtype": torch.float32}
     slow = {"max_seconds": 1.0, "seconds_per_sample": 0.05}
     assert fastest_layout(run, (1, 8, 8), **settings, **slow) == BatchLayout(16)
+    assert fastest_layout(run, (64,), **settings, **slow, is_cheap=False) == BatchLayout(16)
 
     class Slow(torch.nn.Module):
         n_rows = 0
@@ -90,7 +93,7 @@ def test_a_slow_network_is_not_measured(digits):
             return x.flatten(1)
 
     X, y = digits
-    RAILSClassifier(Slow(), input_shape=(1, 8, 8), n_neighbors=3).fit(X[:20], y[:20])
+    estimator(Slow(), layers="output", input_shape=shape, n_neighbors=3).fit(X[:20], y[:20])
     assert Slow.n_rows <= 5 * 20
 
 
