@@ -37,6 +37,18 @@ DETECTORS = {
     "PyOD KNN": ("PyOD KNN",) * 2,
     "pytorch-ood Mahalanobis": ("pytorch-ood Mahalanobis",) * 2,
 }
+# A line on the page, and its task and alternative in the file.
+ALTERNATIVES = {
+    "authors' loop, the same passes": ("RAILS, one image, same passes", "authors' loop"),
+    "authors' loop, our defaults": ("RAILS, one image, our defaults", "authors' loop"),
+    "faiss, 784 features": ("(d = 784), 1 queries", "faiss IndexFlatL2"),
+    "faiss, 12,544 features": ("(d = 12,544), 1 queries", "faiss IndexFlatL2"),
+    "scikit-learn, 12,544 features": ("(d = 12,544), 1 queries", "scikit-learn brute"),
+    "pynndescent, 12,544 features": ("(d = 12,544), 1 queries", "pynndescent (approximate)"),
+    "PyOD KNN": ("ThreatScorer(method='distance')", "PyOD KNN"),
+    "pytorch-ood Mahalanobis": ("ThreatScorer(method='mahalanobis')", "pytorch-ood Mahalanobis"),
+    "ART SubsetScanningDetector": ("ThreatScorer(method='auto')", "ART SubsetScanningDetector"),
+}
 
 
 def write_tables(results, target):
@@ -62,6 +74,8 @@ def write_tables(results, target):
         "passes": passes_table(files),
         "layers": layers_table(files["layers"]),
         "sensing_defaults": sensing_table(files["sensing_defaults"]),
+        "serving": serving_table(files["serving"]),
+        "alternatives": alternatives_table(files["alternatives"]),
     }
     (target / "small").mkdir(exist_ok=True)
     for name, rows in tables.items():
@@ -219,6 +233,32 @@ def sensing_table(rows):
             flagged = [percent(row[f"{kind} rows flagged"]) for kind in ("fooled", "clean")]
             fitted_on = f"{int(row['rows of fit']):,} {row['fitted on']}"
             table.append([NETWORKS[network], fitted_on, row["layers"], *flagged])
+    return table
+
+
+def serving_table(rows):
+    """Return what a request of one image takes, and how many images a second are answered."""
+    table = [["", "p50 / p99, ms", "CPU time, ms", "images a second", "in batches of 64"]]
+    for row in rows:
+        table.append(
+            [
+                row["estimator"],
+                f"{float(row['p50_ms']):.1f} / {float(row['p99_ms']):.1f}",
+                f"{float(row['cpu_ms']):.1f}",
+                f"{int(row['images_per_s_1']):,}",
+                f"{int(row['images_per_s_64']):,}",
+            ]
+        )
+    return table
+
+
+def alternatives_table(rows):
+    """Return the times of what a user would pick instead."""
+    table = [["instead of it", "theirs, ms", "ours, ms", "times as fast"]]
+    for name, (task, alternative) in ALTERNATIVES.items():
+        (row,) = (r for r in rows if task in r["task"] and r["alternative"] == alternative)
+        times = (f"{float(row[key]):.3g}" for key in ("theirs_ms", "ours_ms", "times_as_fast"))
+        table.append([name, *times])
     return table
 
 

@@ -6,6 +6,7 @@ from ._rails import RAILSClassifier
 from ._threat import ThreatScorer
 from ._version import __version__
 from .features import FrozenModule
+from .persistence import load, save
 
 __all__ = [
     "DkNNClassifier",
@@ -14,4 +15,6 @@ __all__ = [
     "ThreatScorer",
     "TorchFeatureExtractor",
     "__version__",
+    "load",
+    "save",
 ]

@@ -171,6 +171,20 @@ class FollowedNetwork:
         # Hooks may only watch.
         return network != network_of_fit or (hooks != hooks_of_fit and self._differs)
 
+    def accept(self) -> bool:
+        """Take the network as it is now for that of fit, if it gives the same features.
+
+        Returns
+        -------
+        bool
+            Whether it does.
+        """
+        self.follow()
+        if self._differs:
+            return False
+        self._fitted = self._current
+        return True
+
     def _copy_again(self) -> None:
         """Copy the network as it is now, and run it on the probed samples."""
         self._traits = None
