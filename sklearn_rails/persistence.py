@@ -139,7 +139,8 @@ def load(
 
     Returns
     -------
-    estimator
+    RAILSClassifier, DkNNClassifier, ThreatScorer or TorchFeatureExtractor
+        Fitted if the one that was saved was.
 
     Raises
     ------

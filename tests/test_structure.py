@@ -22,7 +22,7 @@ STOREYS = [
     ["__init__"],
     ["attacks", "inspection"],
     ["metrics", "datasets"],
-    ["persistence"],
+    ["persistence", "distributed"],
     ["_archive"],
     ["_encoding"],
     ["_rails", "_dknn", "_threat", "_extractor"],

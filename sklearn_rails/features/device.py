@@ -1,5 +1,7 @@
 """The ``device`` and ``dtype`` parameters, and what passes share with the rest of the process."""
 
+import ctypes
+import os
 import pickle
 import random
 import threading
@@ -28,6 +30,16 @@ AUTOCAST_DEVICES = ("cpu", "cuda")
 DeviceOutOfMemoryError: type[BaseException] = getattr(
     torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError
 )
+
+# What stops glibc from adapting its thresholds, their numbers in malloc.h, and the largest block
+# that is kept.
+MALLOC_VARIABLES = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 32 * 2**20
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -77,9 +89,15 @@ def keep_freed_memory() -> None:
 
     By default glibc may return each of them to the system and request new memory for the next,
     which can take longer than a convolution. Its threshold follows the largest block up to 32 MiB
-    that was freed; with other C libraries this has no effect.
+    that was freed, unless a variable of the environment sets one of its thresholds, as Dask does
+    for its workers: they are then set here. With other C libraries this has no effect.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
+    if any(name in os.environ for name in MALLOC_VARIABLES):
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if set_option is not None:
+            set_option(M_MMAP_THRESHOLD, KEPT_BYTES)
+            set_option(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -296,7 +296,7 @@ class ImmuneEngine:
                 "backend",
                 "n_jobs runs threads of this process, which share the network and the neighbours: "
                 f"the joblib backend {type(backend).__name__} is not used. To predict on several "
-                "machines, send the fitted estimator and parts of X to its workers.",
+                "machines, use sklearn_rails.distributed.predict.",
             )
 
     def _population_blocks(self, n_samples: int, n_jobs: int | None) -> list[slice]:
