@@ -155,6 +155,25 @@ def load(
     -----
     UserWarning
         If the file was written by another version of sklearn_rails.
+
+    See Also
+    --------
+    save : Write the file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> from torch import nn
+    >>> from sklearn_rails import TorchFeatureExtractor, load, save
+    >>> X = np.random.default_rng(0).random((20, 4))
+    >>> extractor = TorchFeatureExtractor(nn.Linear(4, 2)).fit(X)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(extractor, Path(folder, "extractor.rails"))
+    ...     loaded = load(Path(folder, "extractor.rails"), nn.Linear(4, 2))
+    >>> bool((loaded.transform(X) == extractor.transform(X)).all())
+    True
     """
     if mmap_mode not in (None, "r"):
         raise ValueError(f"mmap_mode={mmap_mode!r} must be None or 'r'.")
