@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -65,6 +65,7 @@ FIT_PARAMETERS = (
     "module",
     "random_state",
     "threat_scorer",
+    "train_network",
 )
 
 # What a network that has changed since fit does to estimators that compare with training samples.
@@ -93,6 +94,11 @@ class NetworkEstimator(BaseEstimator):
         return self._features.network_dtype
 
     @property
+    def network_(self) -> nn.Module | None:
+        """The network that is used."""
+        return self._features.module
+
+    @property
     def feature_map_(self) -> FeatureMap:
         """The map from inputs to the layers' features."""
         return self._features
@@ -106,16 +112,22 @@ class NetworkEstimator(BaseEstimator):
         return fitted, validate_rows(fitted, X)
 
     def __sklearn_clone__(self) -> Self:
-        networks = {k: v for k, v in self.get_params(deep=False).items() if is_network(v)}
+        networks = self._bare_networks()
         twin = self._with(dict.fromkeys(networks))
-        clone = super(NetworkEstimator, twin).__sklearn_clone__()
-        return clone._with(networks)
+        return super(NetworkEstimator, twin).__sklearn_clone__()._with(networks)
+
+    def _bare_networks(self) -> dict[str, Any]:
+        """Return the parameters that are fitted networks, not nets that ``fit`` trains."""
+        params = self.get_params(deep=False)
+        if params.get("train_network"):
+            params.pop(self.network_parameter)
+        return {name: value for name, value in params.items() if is_network(value)}
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if state is vars(self):
             state = dict(state)
-        bare = [k for k, v in self.get_params(deep=False).items() if is_network(v)]
+        bare = list(self._bare_networks())
         # A skorch net comes back frozen: its optimizer and callbacks are not needed to predict.
         state["_bare_networks"] = [k for k in bare if isinstance(state[k], nn.Module)]
         state["_sklearn_rails_version"] = __version__
@@ -144,6 +156,8 @@ class NetworkEstimator(BaseEstimator):
         params = self.get_params(deep=False)
         network = params.pop(self.network_parameter)
         network = network.module if _is_extractor(network) else network
+        if params.get("train_network"):
+            network = getattr(self, "network_", None)  # none before fit
         parts: dict[str, Any] = {}
         if network is not None:
             parts[self.network_parameter] = _Leaf(network, self._caption())
@@ -420,6 +434,8 @@ def prepare_fit(
         input_shape=resolve_from_extractor(estimator, "input_shape"),
         keep_integers=network is not None,
     )
+    if getattr(estimator, "train_network", False):
+        network = train_network(estimator, X, y)
     layers = resolve_from_extractor(estimator, "layers")
     is_auto = score is not None and isinstance(layers, str) and layers == "auto"
     features = feature_map(estimator, network, None if is_auto else layers, start_layer)
@@ -439,6 +455,41 @@ def prepare_fit(
     estimator._features = features
     estimator.layers_ = features.layers
     return X, y
+
+
+def train_network(estimator: Any, X: Any, y: Any) -> nn.Module:
+    """Train a clone of an estimator's skorch net.
+
+    Parameters
+    ----------
+    estimator : estimator
+        With ``feature_extractor`` and ``input_shape_``.
+    X : ndarray or torch.Tensor of shape (n, n_features)
+    y : ndarray of shape (n,)
+
+    Returns
+    -------
+    torch.nn.Module
+        The net's ``module_``.
+
+    Raises
+    ------
+    TypeError
+        If the net is none.
+    """
+    net = estimator.feature_extractor
+    if not is_network(net) or isinstance(net, nn.Module):
+        raise TypeError(
+            "train_network=True trains a clone of feature_extractor in fit, which must be a skorch "
+            f"net, such as NeuralNetClassifier(MyModule), got {type(net).__name__}."
+        )
+    rows = X.cpu().numpy() if isinstance(X, torch.Tensor) else X
+    rows = rows if rows.dtype.kind in "iu" else rows.astype(np.float32)
+    _, labels = np.unique(y, return_inverse=True)
+    trained: Any = clone(net)
+    trained.fit(rows.reshape(len(rows), *estimator.input_shape_), labels.astype(np.int64))
+    module: nn.Module = trained.module_
+    return module
 
 
 def resolve_from_extractor(estimator: Any, name: str) -> Any:
@@ -472,7 +523,7 @@ def fill_open_parameters(nested: Any, outer: Any) -> None:
     outer : estimator
         With the same parameters, and ``layers_``, which may be chosen in its ``fit``.
     """
-    if nested.feature_extractor is not None and _module_of(nested) is not _module_of(outer):
+    if nested.feature_extractor is not None and _module_of(nested) is not outer.network_:
         return
     if _is_open(resolve_from_extractor(nested, "layers")):
         nested.layers = list(outer.layers_)
@@ -480,7 +531,8 @@ def fill_open_parameters(nested: Any, outer: Any) -> None:
         if _is_open(resolve_from_extractor(nested, name)):
             setattr(nested, name, resolve_from_extractor(outer, name))
     if nested.feature_extractor is None:
-        nested.feature_extractor = outer.feature_extractor
+        trained = getattr(outer, "train_network", False)
+        nested.feature_extractor = outer.network_ if trained else outer.feature_extractor
 
 
 def _module_of(estimator: Any) -> nn.Module | None:

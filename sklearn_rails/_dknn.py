@@ -63,6 +63,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         How neighbours are found: an exact matrix product on the device, scikit-learn's
         :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with ``kneighbors``, which is
         cloned for every layer.
+    %(train_network)s
     %(input_shape)s
     %(device)s
     %(dtype)s
@@ -140,6 +141,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         ],
         "p_value": [StrOptions({"conformal", "empirical"})],
         "algorithm": ALGORITHM_CONSTRAINT,
+        "train_network": ["boolean"],
         "n_jobs": N_JOBS_CONSTRAINT,
         "random_state": ["random_state"],
     }
@@ -156,6 +158,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         calibration: float | str | tuple[Any, Any] = 0.1,
         p_value: str = "conformal",
         algorithm: object = "auto",
+        train_network: bool = False,
         input_shape: tuple[int, ...] | None = None,
         device: str | torch.device = "auto",
         dtype: str = "float32",
@@ -169,6 +172,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         self.calibration = calibration
         self.p_value = p_value
         self.algorithm = algorithm
+        self.train_network = train_network
         self.input_shape = input_shape
         self.device = device
         self.dtype = dtype

@@ -9,6 +9,11 @@ SHARED_DOCUMENTATION = {
     "feature_extractor": """
         feature_extractor : Module, skorch net, FrozenModule or TorchFeatureExtractor, default=None
             The fitted network. None takes the input itself as the only layer.""",
+    "train_network": """
+        train_network : bool, default=False
+            Whether ``fit`` first trains a clone of ``feature_extractor``, a skorch net, on the same
+            samples, so that no sample of a cross-validation's test part is seen by its network.
+            ``partial_fit`` does not train it further.""",
     "input_shape": """
         input_shape : tuple of int, default=None
             Shape of one input, such as ``(1, 28, 28)``, where X has two dimensions. None takes the
@@ -49,6 +54,8 @@ SHARED_DOCUMENTATION = {
             Where the computation runs.
         dtype_ : str
             The ``dtype`` that the network computes in.
+        network_ : Module or None
+            The network.
         feature_map_ : FeatureMap
             The map from inputs to the layers' features.""",
     "X": """

@@ -127,6 +127,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         scikit-learn's :class:`~sklearn.neighbors.NearestNeighbors`, or an estimator with
         ``kneighbors`` that is cloned for every class. The last two need a distance: Euclidean or
         cosine affinity.
+    %(train_network)s
     %(input_shape)s
     threat_scorer : estimator, default=None
         An outlier detector with ``score_samples``, such as
@@ -224,6 +225,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         "early_stopping": ["boolean"],
         "compile": ["boolean"],
         "algorithm": ALGORITHM_CONSTRAINT,
+        "train_network": ["boolean"],
         "threat_scorer": [None, HasMethods(["fit", "score_samples"])],
         "n_jobs": N_JOBS_CONSTRAINT,
         "random_state": ["random_state"],
@@ -259,6 +261,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         early_stopping: bool = True,
         compile: bool = False,
         algorithm: object = "auto",
+        train_network: bool = False,
         input_shape: tuple[int, ...] | None = None,
         threat_scorer: object = None,
         device: str | torch.device = "auto",
@@ -289,6 +292,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         self.early_stopping = early_stopping
         self.compile = compile
         self.algorithm = algorithm
+        self.train_network = train_network
         self.input_shape = input_shape
         self.threat_scorer = threat_scorer
         self.device = device

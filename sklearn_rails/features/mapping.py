@@ -133,6 +133,11 @@ class FeatureMap:
         return self._followed.dtype
 
     @property
+    def module(self) -> nn.Module | None:
+        """The network, as it was given."""
+        return self._followed.module
+
+    @property
     def has_network(self) -> bool:
         """Whether there is a network, and not the input alone."""
         return self._followed.module is not None

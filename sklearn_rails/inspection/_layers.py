@@ -169,6 +169,8 @@ class LayerDisplay:
             sets.append(rows.reshape(len(rows), *X_train.shape[1:]))
 
         unfitted = clone(fitted)
+        if fitted.train_network:  # the layers are those of one network
+            unfitted.set_params(feature_extractor=fitted.network_, train_network=False)
         if isinstance(fitted, RAILSClassifier) and not getattr(fitted.gate, "needs_alarms", False):
             unfitted.set_params(threat_scorer=None)  # it does not change predictions
         if layers is None:
@@ -254,7 +256,7 @@ def _find_layers(estimator: Any, X_train: NDArray[Any]) -> tuple[str, ...]:
     """Return the layers that can be used, by a map of its own: the estimator's stays as it is."""
     start_layer = getattr(estimator, "start_layer", None)
     features = feature_map(
-        estimator, estimator.feature_extractor, estimator.layers_, start_layer=start_layer
+        estimator, estimator.network_, estimator.layers_, start_layer=start_layer
     )
     if not features.has_network:
         return features.layers

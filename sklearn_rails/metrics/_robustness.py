@@ -249,6 +249,8 @@ def _remove_folder(folder: str, owner: int) -> None:
 
 def _find_network(estimator: Any) -> torch.nn.Module:
     network = getattr(estimator, "feature_extractor", None)
+    if getattr(estimator, "train_network", False):
+        network = getattr(estimator, "network_", network)
     if isinstance(network, TorchFeatureExtractor):
         network = network.module
     if network is None:
