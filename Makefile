@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint docs docs-check bench reproduce reproduce-quick clean
+.PHONY: demo test test-slow test-matrix lint docs docs-check bench reproduce reproduce-quick clean
 
 # The stamp is written last, so that an interrupted install is repeated.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
@@ -23,6 +23,10 @@ test: $(STAMP)
 # Statistical tests of p-values and alarm rates, and others that take minutes. Without coverage.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m slow
+
+# The main tests in an environment for each line of tests/matrix.py, such as NAMES="minimum newest".
+test-matrix:
+	$(PYTHON) tests/matrix.py $(NAMES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -65,5 +69,5 @@ reproduce-quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reproduce/figure2.py $(QUICK) --rows 20
 
 clean:
-	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated docs/api/backreferences docs/results demo_results \
+	rm -rf $(VENV) .venv-matrix docs/_build docs/auto_examples docs/api/generated docs/api/backreferences docs/results demo_results \
 		reproduce_quick
