@@ -22,7 +22,9 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # A CPU build.
 DEFAULT_TORCH = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()[-1]
 # What the extra test installs: it names demo and attacks, and demo names plot.
-EXTRAS = [PYPROJECT["optional-dependencies"][name] for name in ("test", "demo", "plot", "attacks")]
+EXTRAS = [
+    PYPROJECT["optional-dependencies"][name] for name in ("test", "demo", "plot", "attacks", "dask")
+]
 DECLARED = sum(EXTRAS, PYPROJECT["dependencies"])
 MINIMUM = [line.replace(">=", "==") for line in DECLARED if ">=" in line]
 

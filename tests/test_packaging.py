@@ -20,7 +20,17 @@ NAME = f"sklearn_rails-{__version__}"
 ONLY_IN_REPOSITORY = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml")
 
 # Packages that the extras bring; without them everything but what is named after them works.
-OPTIONAL = ["art", "dask", "matplotlib", "mlxtend", "pandas", "polars", "pyod", "skops"]
+OPTIONAL = [
+    "art",
+    "dask",
+    "distributed",
+    "matplotlib",
+    "mlxtend",
+    "pandas",
+    "polars",
+    "pyod",
+    "skops",
+]
 
 # Packages and modules that take a tenth of a second or more to import, and that few users need.
 HEAVY = [*OPTIONAL, "IPython", "safetensors", "scipy.stats", "skorch", "torch._dynamo"]
