@@ -3,7 +3,8 @@
 Every line is a ratio measured in one run, or a CPU time, with the limit it is held to; the exit
 status is not zero if one falls short. Timings take the median of pairs. ``--only overhead
 neighbours`` picks parts, ``--repeat`` sets the number of pairs. ``memory_large`` takes 5 GiB, and
-runs only if it is picked.
+runs only if it is picked, as does ``device``, which compares a GPU with the CPU. ``--device cuda``
+runs ``overhead`` and ``device`` on a GPU; see run_on_gpu.sh.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import sklearn
 import torch
-from bench_passes import LAYERS
 from bench_serving import measure_serving, processor
 from reproduce.train import attack, load_data, load_network, split_rows
+from sklearn.base import clone
 from torch import nn
 
 from sklearn_rails import (
@@ -63,12 +64,13 @@ def make_images(n, shape):
     return rng.random((n, *shape), dtype=np.float32), rng.integers(10, size=n)
 
 
-def bench_overhead(repeat):
+def bench_overhead(repeat, device="cpu"):
     """Predict, against the bare truncated forward passes of as many images."""
+    more = 1 if device == "cpu" else 16  # a GPU needs many images to be busy
     cases = []
     for width in (16, 64):
         for layer in ("conv2", "conv3"):
-            n_rows = 16 if width == 16 else 4
+            n_rows = more * (16 if width == 16 else 4)
             cases.append((SmallCNN((1, 28, 28), width=width), layer, (1, 28, 28), n_rows, 1.10))
     mlp = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
@@ -81,12 +83,13 @@ def bench_overhead(repeat):
             layers=layer,
             generations=10,
             early_stopping=False,
+            device=device,
             random_state=SEED,
         ).fit(X, y)
         n_cells = rails.engine_.layers[0].schedule.population_size
         n_images = n_rows * n_cells * (rails.generations + 1)
         truncated = TruncatedNetwork(
-            network, device=torch.device("cpu"), dtype=torch.float32, input_shape=shape
+            network, device=torch.device(device), dtype=torch.float32, input_shape=shape
         )
         bare, batch_size = best_forward(truncated, layer, shape, n_images)
         predict = functools.partial(rails.predict, X[:n_rows])
@@ -100,20 +103,37 @@ def bench_overhead(repeat):
             f"{1e6 * seconds / n_images:.2f} / {1e6 * least / n_images:.2f} us an image, bare in "
             f"batches of {batch_size}",
         )
+        if layer in ("conv2", "2") and n_rows >= 16:
+            compiled = RAILSClassifier(**rails.get_params() | {"compile": True}).fit(X, y)
+            compiled.predict(X[:n_rows])
+            ours, theirs, ratio = time_pairs(
+                functools.partial(compiled.predict, X[:n_rows]), predict, repeat
+            )
+            yield (
+                f"compile=True / False, {name} {layer}",
+                ratio,
+                "",
+                None,
+                f"{1e6 * ours / n_images:.2f} / {1e6 * theirs / n_images:.2f} us an image",
+            )
 
 
 @torch.no_grad()
 def best_forward(network, layer, shape, n_images):
     """Find the batch size and memory format at which the bare network is fastest."""
     candidates = []
-    for size in (32, 64, 128, 256) if len(shape) == 3 else (256, 1024, 4096, 16384):
+    device = network.device
+    images = (32, 64, 128, 256) if device.type == "cpu" else (256, 1024, 4096)
+    for size in images if len(shape) == 3 else (256, 1024, 4096, 16384):
         for channels_last in (False, True)[: 1 + (len(shape) == 3)]:
-            batch = BatchLayout(size, channels_last).store(torch.rand(size, *shape))
+            batch = BatchLayout(size, channels_last).store(torch.rand(size, *shape, device=device))
 
             def run(batch=batch, n=n_images):
                 with torch.no_grad():
                     for _ in range(-(-n // len(batch))):
                         network(batch, (layer,))
+                if batch.is_cuda:
+                    torch.cuda.synchronize()
 
             run(n=1)
             start = time.perf_counter()
@@ -291,6 +311,8 @@ def run_literally(rails, network, X, y, x):
 
 def bench_passes(repeat, data_home, n_rows=300):
     """Forward passes of the default settings, and labels against the full schedule."""
+    from bench_passes import LAYERS
+
     limits = {"mnist": 100}
     for name, layer in LAYERS.items():
         network, X, y, X_val, y_val = load_problem(name, data_home, n_rows)
@@ -326,6 +348,8 @@ def load_problem(name, data_home, n_rows):
 
 def bench_half(repeat, data_home, n_rows=500):
     """bfloat16 against float32: time, and accuracy on the same rows, clean and attacked."""
+    from bench_passes import LAYERS
+
     for name in ("mnist", "svhn"):
         network, X, y, X_val, y_val = load_problem(name, data_home, n_rows)
         rows = np.concatenate([X_val, attack(name, network, X_val, y_val)])
@@ -373,9 +397,10 @@ def bench_serving(repeat, data_home, n_rows=200):
 
 def bench_files(repeat, data_home):
     """Size of pickles over the features, samples and network that they need."""
+    from bench_passes import LAYERS
+
     network, X, y, rows, _ = load_problem("mnist", data_home, 20)
-    (layer,) = (LAYERS["mnist"],)
-    shared = {"layers": layer, "random_state": SEED}
+    shared = {"layers": LAYERS["mnist"], "random_state": SEED}
     scorer = ThreatScorer(random_state=SEED)
     cases = {
         "RAILS": RAILSClassifier(network, **shared),
@@ -404,6 +429,44 @@ def bench_files(repeat, data_home):
             1.1,
             f"{len(saved) / 2**20:.0f} / {needed / 2**20:.0f} MiB, first prediction after loading "
             f"{time.perf_counter() - start:.2f} s",
+        )
+
+
+def bench_device(repeat, device="cpu"):
+    """Labels on another device, with its fast products, and memory, against the CPU."""
+    network = SmallCNN((1, 28, 28)).eval()
+    X, y = make_images(2_500, (1, 28, 28))
+    X, rows, y = X[:2_000], X[2_000:], y[:2_000]
+    rails = RAILSClassifier(network, layers="conv2", random_state=SEED)
+    expected = clone(rails).set_params(device="cpu").fit(X, y).predict(rows)
+    for name, precision, dtype, share in (
+        ("float32", "highest", "float32", 0.995),
+        ("TF32", "high", "float32", 0.98),
+        ("bfloat16", "highest", "bfloat16", 0.9),
+    ):
+        torch.set_float32_matmul_precision(precision)
+        there = clone(rails).set_params(device=device, dtype=dtype).fit(X, y)
+        labels = there.predict(rows)
+        torch.set_float32_matmul_precision("highest")
+        yield (
+            f"labels on {device} as on the CPU, {name}, {len(rows)} images of noise",
+            np.mean(labels == expected),
+            ">=",
+            share,
+            "noise has no clear class, so that these labels are the least stable",
+        )
+    if device != "cpu":
+        peaks = []
+        for n_rows in (500, 5_000):
+            torch.cuda.reset_peak_memory_stats()
+            there.predict(np.resize(rows, (n_rows, *rows.shape[1:])))
+            peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+        yield (
+            "peak memory of 5,000 rows / 500 rows",
+            peaks[1] / peaks[0],
+            "<=",
+            1.05,
+            f"{peaks[1]:.0f} / {peaks[0]:.0f} MiB",
         )
 
 
@@ -500,20 +563,24 @@ PARTS = {
     "serving": bench_serving,
     "files": bench_files,
     "fit": bench_fit,
+    "device": bench_device,
     "memory": bench_memory,
     "memory_large": bench_memory_large,
 }
 
 
+ON_REQUEST = ("memory_large", "device")
+ON_DEVICE = ("overhead", "device")
 ON_IMAGES = ("passes", "half", "serving", "files")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    usual = [part for part in PARTS if part != "memory_large"]
+    usual = [part for part in PARTS if part not in ON_REQUEST]
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=usual)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--data-home", help="folder of mnist.npz and the like")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_memory:
@@ -525,6 +592,7 @@ def main():
     short = 0
     for part in options.only:
         more = {"data_home": options.data_home} if part in ON_IMAGES else {}
+        more |= {"device": options.device} if part in ON_DEVICE else {}
         for what, value, sign, limit, details in PARTS[part](options.repeat, **more):
             met = {"<=": lambda v, m: v <= m, ">=": lambda v, m: v >= m, "": lambda v, m: True}
             verdict = "" if not sign else "ok" if met[sign](value, limit) else "SHORT"

@@ -76,6 +76,7 @@ def write_tables(results, target):
         "sensing_defaults": sensing_table(files["sensing_defaults"]),
         "serving": serving_table(files["serving"]),
         "alternatives": alternatives_table(files["alternatives"]),
+        "distributed": distributed_table(files["distributed"]),
     }
     (target / "small").mkdir(exist_ok=True)
     for name, rows in tables.items():
@@ -259,6 +260,16 @@ def alternatives_table(rows):
         (row,) = (r for r in rows if task in r["task"] and r["alternative"] == alternative)
         times = (f"{float(row[key]):.3g}" for key in ("theirs_ms", "ours_ms", "times_as_fast"))
         table.append([name, *times])
+    return table
+
+
+def distributed_table(rows):
+    """Return the time on workers, as measured and by the model."""
+    table = [["", "images", "measured", "model"]]
+    for row in rows:
+        where = f"{row['workers']} worker(s)" if int(row["workers"]) else "this process alone"
+        times = (f"{float(t):.0f} s" if t else "" for t in (row["seconds"], row["model_seconds"]))
+        table.append([where, f"{int(row['samples']):,}", *times])
     return table
 
 
