@@ -285,7 +285,7 @@ def _set_weights(network: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         for state in (own, tensors)
     )
     if shapes != saved:
-        names = [name for name in {**saved, **shapes} if saved.get(name) != shapes.get(name)]
+        names = sorted(name for name in saved | shapes if saved.get(name) != shapes.get(name))
         differences = [
             f"{name} is {shapes.get(name, 'missing')}, in the file {saved.get(name, 'missing')}"
             for name in names[:3]

@@ -26,7 +26,8 @@ EXTRAS = [
     PYPROJECT["optional-dependencies"][name] for name in ("test", "demo", "plot", "attacks", "dask")
 ]
 DECLARED = sum(EXTRAS, PYPROJECT["dependencies"])
-MINIMUM = [line.replace(">=", "==") for line in DECLARED if ">=" in line]
+# pip takes no extras, such as dask[array], in a constraint.
+MINIMUM = [re.sub(r"(\[.*\])?>=", "==", line) for line in DECLARED if ">=" in line]
 
 # Versions that an environment fixes; all others are the newest that go with them.
 ENVIRONMENTS = {
@@ -35,7 +36,7 @@ ENVIRONMENTS = {
     "scikit-learn-1.8": ["scikit-learn==1.8.*", DEFAULT_TORCH],
     "newest": [DEFAULT_TORCH],
     "numpy-1.26": ["numpy==1.26.*", DEFAULT_TORCH],
-    "torch-2.4": ["torch==2.4.*"],
+    "torch-2.4": ["torch==2.4.0"],
     "torch-newest": [],
     "minimum": MINIMUM,
     # The minimum where no CPU build of the oldest torch can be had.
