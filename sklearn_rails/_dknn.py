@@ -24,7 +24,7 @@ from ._blocks import block_slices, map_blocks
 from ._compat import Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
 from ._documentation import document
-from ._validation import plain_labels
+from ._validation import plain_labels, read_samples
 from .features.layer_choice import LayerScores, score_layers
 from .neighbors import ClassNeighbors
 from .neighbors.votes import neighbor_votes
@@ -182,7 +182,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
 
     @restore_on_error
     @fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor) -> Self:
+    def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor | None = None) -> Self:
         """Index the training data's features and calibrate.
 
         Parameters
@@ -203,6 +203,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             the device does not exist, or no sample is left to calibrate with. The estimator is then
             as it was before.
         """
+        X, y = read_samples(X, y)
         samples, labels = prepare_fit(
             self, X, y, network=self.feature_extractor, score=score_layers
         )

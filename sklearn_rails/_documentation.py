@@ -60,10 +60,11 @@ SHARED_DOCUMENTATION = {
             The map from inputs to the layers' features.""",
     "X": """
         X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.""",
+            Inputs; also a Dataset of torch, or a DataLoader that does not shuffle.""",
     "X_train": """
         X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Training inputs, finite.""",
+            Training inputs, finite; also a Dataset or DataLoader of torch, which is read into
+            memory.""",
 }
 
 

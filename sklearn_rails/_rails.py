@@ -25,7 +25,7 @@ from ._base import (
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._documentation import document
 from ._threat import ThreatScorer
-from ._validation import check_known_labels, validate_labels
+from ._validation import check_known_labels, read_samples, validate_labels
 from .features.layer_choice import LayerScores, score_layers
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
 from .immune.alarms import check_alarms, check_threat_scores
@@ -304,14 +304,14 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
 
     @restore_on_error
     @fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor) -> Self:
+    def fit(self, X: ArrayLike | torch.Tensor, y: ArrayLike | torch.Tensor | None = None) -> Self:
         """Index the training data's features, class by class.
 
         Parameters
         ----------
         %(X_train)s
         y : array-like of shape (n,)
-            Their classes.
+            Their classes. None takes those of a data set of pairs.
 
         Returns
         -------
@@ -325,6 +325,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             the device does not exist. The estimator is then as it was before.
         """
         self._check_parameters()
+        X, y = read_samples(X, y)
         rows, labels = prepare_fit(
             self,
             X,
@@ -350,7 +351,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
     def partial_fit(
         self,
         X: ArrayLike | torch.Tensor,
-        y: ArrayLike | torch.Tensor,
+        y: ArrayLike | torch.Tensor | None = None,
         classes: ArrayLike | None = None,
     ) -> Self:
         """Add labelled training data, and keep the remembered cells.
@@ -359,7 +360,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ----------
         %(X_train)s
         y : array-like of shape (n,)
-            Their classes.
+            Their classes. None takes those of a data set of pairs.
         classes : array-like of shape (n_classes,), default=None
             All classes that will ever come, those without a sample included; others are then an
             error. A class without samples has no neighbours and gets no votes.
@@ -377,6 +378,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             As :meth:`fit`; or if the samples do not fit those before, or have a class that is not
             in ``classes``. The estimator is then as it was before.
         """
+        X, y = read_samples(X, y)
         if not hasattr(self, "classes_"):
             self._named_classes = classes
             return self.fit(X, y)

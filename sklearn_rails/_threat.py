@@ -27,7 +27,7 @@ from ._conformal import (
     warn_of_few_rows,
 )
 from ._documentation import document
-from ._validation import find_user_level
+from ._validation import find_user_level, read_samples
 from .features.outputs import LayerError
 from .sensing import (
     CleanSamples,
@@ -137,6 +137,10 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         Neighbours in each layer.
     n_calibration_ : int
         Number of clean samples that set the threshold.
+    decision_scores_, labels_, threshold_ : ndarray of shape (n_calibration_,), and float
+        Under the names that PyOD has for them: the threat of the samples that set the threshold,
+        higher is more suspect; 1 where it exceeds the threshold, else 0; and the threshold,
+        ``-offset_``.
 
     See Also
     --------
@@ -264,7 +268,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             the device is not there. The estimator is then as it was before.
         """
         rng = check_random_state(self.random_state)
-        samples, targets = self._prepare(X, y, rng)
+        samples, targets = self._prepare(*read_samples(X, y), rng)
         self.methods_ = tuple(self.detectors_)
         n_samples = len(samples)
         is_held_out = not all(d.leaves_one_out for d in self.detectors_.values())
@@ -331,6 +335,17 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         """
         fitted, samples = self._validate(X)
         return X if fitted.output == "passthrough" else fitted._threat(samples)
+
+    @property
+    def threshold_(self) -> float:
+        """The threat above which samples are flagged."""
+        return -self.offset_
+
+    @property
+    def labels_(self) -> NDArray[np.int64]:
+        """Which of the samples that set the threshold exceed it, as 0 and 1."""
+        labels: NDArray[np.int64] = (self.decision_scores_ > self.threshold_).astype(np.int64)
+        return labels
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[np.object_]:
         """Return the names of the columns of ``transform``.
@@ -465,7 +480,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
                     "X. Scale X, or use dtype='float64' or another method."
                 )
         self._evidence = Evidence()
-        threat = self._evidence.fit(scores, rng)
+        self.decision_scores_ = threat = self._evidence.fit(scores, rng)
         self.n_calibration_ = len(threat)
         warn_of_few_rows(
             "alpha",

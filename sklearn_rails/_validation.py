@@ -18,7 +18,7 @@ from sklearn.utils.validation import (
     column_or_1d,
     validate_data,
 )
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 Samples = NDArray[Any] | torch.Tensor
 
@@ -31,6 +31,10 @@ DTYPE_OF: dict[str, type[np.floating[Any]]] = {
 
 # Kept as they are for a network that may take them: token ids must not pass through float32.
 INTEGER_DTYPES = [np.dtype(code) for code in "bhilqBHILQ"]
+
+
+# Samples of a data set that are read together.
+READ_SAMPLES = 256
 
 
 def find_user_level() -> int:
@@ -231,6 +235,49 @@ def shape_hint(X: Any, shape: tuple[int, ...], expected: tuple[int, ...]) -> str
     return ""
 
 
+def read_samples(X: Any, y: Any = None) -> tuple[Any, Any]:
+    """Read a data set or a loader of torch into memory, and leave all else as it is.
+
+    Parameters
+    ----------
+    X : torch.utils.data.Dataset or DataLoader, or any other object
+        Of samples, or of pairs of a sample and its label.
+    y : array-like, default=None
+        Labels. None takes those of the pairs, if there are any.
+
+    Returns
+    -------
+    X, y : object
+        Samples and labels.
+
+    Raises
+    ------
+    TypeError
+        If X gives something else.
+    ValueError
+        If X is empty, or its samples are of several shapes.
+    """
+    if not isinstance(X, DataLoader | Dataset):
+        return X, y
+    name = type(X).__name__
+    loader = X if isinstance(X, DataLoader) else DataLoader(X, batch_size=READ_SAMPLES)
+    try:
+        batches = [batch if isinstance(batch, list | tuple) else [batch] for batch in loader]
+    except RuntimeError as error:
+        raise ValueError(f"X is a {name} of samples that make no batch: {error}") from error
+    if not batches:
+        raise ValueError(f"X is a {name} without any sample.")
+    samples, *others = (list(parts) for parts in zip(*batches, strict=True))
+    if len(others) > 1 or not all(isinstance(part, torch.Tensor) for part in samples):
+        raise TypeError(
+            f"X is a {name}, which must give samples as tensors, or pairs of a sample and its "
+            f"label; it gives {[type(part).__name__ for part in batches[0]]}."
+        )
+    if y is None and others:
+        y = np.concatenate([np.asarray(part) for part in others[0]])
+    return torch.cat(samples), y
+
+
 def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
     """Flatten the samples of n-dimensional arrays and tensors, and leave all else as it is.
 
@@ -248,17 +295,18 @@ def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
     Raises
     ------
     TypeError
-        If X is a loader of batches, or another iterator.
+        If X is an iterator, or a data set of something else than samples.
     ValueError
-        If it is not an array of samples of one shape.
+        If it is not an array of samples of one shape, or a loader that shuffles.
     """
-    if isinstance(X, DataLoader | Dataset | Iterator):
-        hint = ""
-        if isinstance(X, DataLoader):
-            hint = " Join its batches: X, y = (torch.cat(part) for part in zip(*loader))."
-        elif isinstance(X, Dataset):
-            hint = " Join its samples: X = torch.stack([x for x, y in dataset])."
-        raise TypeError(f"X must be an array or a tensor, got a {type(X).__name__}.{hint}")
+    if isinstance(X, DataLoader) and isinstance(X.sampler, RandomSampler):
+        raise ValueError(
+            "X is a DataLoader that shuffles its samples, so that nobody could tell which answer "
+            "is for which of them: use one with shuffle=False."
+        )
+    X, _ = read_samples(X)
+    if isinstance(X, Iterator):
+        raise TypeError(f"X must be an array or a tensor, got a {type(X).__name__}.")
     if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):
         try:
             X = torch.stack([torch.as_tensor(sample) for sample in X])

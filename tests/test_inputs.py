@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.base import clone
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer, TorchFeatureExtractor
 from sklearn_rails.neighbors import ExactNeighbors
@@ -291,3 +293,92 @@ def test_integers_among_objects_are_labels(task, labels):
     assert_array_equal(dknn.predict(X), DkNNClassifier(random_state=0).fit(X, y).predict(X))
     rails = RAILSClassifier(random_state=0).fit(X, y)
     rails.partial_fit(X, labels(y)).remember(rails.respond(X[:5]), labels(y[:5]))
+
+
+class Pairs(IterableDataset):
+    def __iter__(self):
+        return zip(torch.from_numpy(IMAGES), NAMES, strict=True)
+
+
+IMAGES = np.random.default_rng(0).random((30, 1, 4, 4), dtype=np.float32)
+NUMBERS = np.arange(30) % 3
+NAMES = np.array(["a", "b", "c"])[NUMBERS].tolist()
+TENSORS = TensorDataset(torch.from_numpy(IMAGES), torch.from_numpy(NUMBERS))
+
+
+@pytest.mark.parametrize(
+    ("data", "labels"),
+    [
+        (TENSORS, NUMBERS),
+        (DataLoader(TENSORS, batch_size=7), NUMBERS),
+        (Subset(TENSORS, range(30)), NUMBERS),
+        (Pairs(), NAMES),
+        (DataLoader(Pairs(), batch_size=4), NAMES),
+    ],
+    ids=["data set", "loader", "subset", "iterable", "loader of iterable"],
+)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        RAILSClassifier(population_size=20, threat_scorer=ThreatScorer(alpha=0.2), random_state=0),
+        DkNNClassifier(random_state=0),
+        ThreatScorer(random_state=0),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_data_sets_and_loaders_are_read(estimator, data, labels):
+    expected = clone(estimator).fit(IMAGES, labels).predict(IMAGES + 0.1)
+    fitted = clone(estimator).fit(data)
+    assert fitted.input_shape_ == (1, 4, 4)
+    assert_array_equal(fitted.predict(IMAGES + 0.1), expected)
+    assert_array_equal(fitted.predict(data), fitted.predict(IMAGES))
+    other = clone(estimator).fit(data, np.roll(labels, 1))  # which counts
+    again = clone(estimator).fit(IMAGES, np.roll(labels, 1))
+    assert_array_equal(other.predict(IMAGES + 0.1), again.predict(IMAGES + 0.1))
+
+
+def test_parts_of_a_data_set_are_added():
+    rails = RAILSClassifier(population_size=20, random_state=0)
+    rails.partial_fit(Subset(TENSORS, range(20))).partial_fit(Subset(TENSORS, range(20, 30)))
+    assert_array_equal(rails.training_data()[0], IMAGES)
+    extractor = TorchFeatureExtractor().fit(TENSORS)
+    assert_array_equal(extractor.transform(TENSORS), IMAGES.reshape(30, -1))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda dknn: dknn.fit(TensorDataset(TENSORS.tensors[0])), ValueError, "requires y"),
+        (lambda dknn: dknn.fit(Subset(TENSORS, [])), ValueError, "Subset without any sample"),
+        (
+            lambda dknn: dknn.fit(TensorDataset(*TENSORS.tensors, *TENSORS.tensors)),
+            TypeError,
+            r"pairs of a sample and its label; it gives \['Tensor', 'Tensor', 'Tensor', 'Tensor'\]",
+        ),
+        (
+            lambda dknn: dknn.fit(DataLoader([{"x": 1.0}])),
+            TypeError,
+            r"must give samples as tensors, .* it gives \['dict'\]",
+        ),
+        (
+            lambda dknn: dknn.fit(DataLoader([torch.zeros(3), torch.zeros(4)], batch_size=2)),
+            ValueError,
+            "samples that make no batch",
+        ),
+        (
+            lambda dknn: dknn.fit(TENSORS).predict(DataLoader(TENSORS, shuffle=True)),
+            ValueError,
+            "shuffles its samples",
+        ),
+    ],
+)
+def test_data_sets_that_cannot_be_read(call, error, message):
+    with pytest.raises(error, match=message):
+        call(DkNNClassifier())
+
+
+def test_a_loader_that_shuffles_may_be_fitted():
+    torch.manual_seed(0)
+    dknn = DkNNClassifier(n_neighbors=1, calibration="leave-one-out")
+    loader = DataLoader(TENSORS, batch_size=8, shuffle=True)
+    assert_array_equal(dknn.fit(loader).predict(IMAGES), NUMBERS)

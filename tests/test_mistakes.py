@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer, TorchFeatureExtractor
 from sklearn_rails.attacks import pgd
@@ -26,7 +25,6 @@ class Network(nn.Module):
 
 NETWORK = Network()
 NUMBERED = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3))
-LOADER = DataLoader(TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=8)
 
 
 def dknn(network=NETWORK, **parameters):
@@ -92,9 +90,6 @@ def test_a_single_sample(single, message):
             ValueError,
             r"without their number: pass input_shape=\(1, 8, 8\)",
         ),
-        (lambda: dknn().fit(LOADER, Y), TypeError, "got a DataLoader. Join its batches: X, y"),
-        (lambda: dknn().fit(X, Y).predict(LOADER), TypeError, "got a DataLoader"),
-        (lambda: dknn().fit(LOADER.dataset, Y), TypeError, "got a TensorDataset. Join its sampl"),
         (lambda: dknn().fit((x for x in X), Y), TypeError, "X must .* got a generator.$"),
         (
             lambda: dknn().fit(FLAT[0], Y[:1]),
@@ -113,9 +108,3 @@ def test_a_single_sample(single, message):
 def test_other_mistakes(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_the_advice_for_a_loader_works():
-    samples, labels = (torch.cat(part) for part in zip(*LOADER, strict=True))
-    assert dknn().fit(samples, labels).n_features_in_ == 64
-    assert torch.equal(torch.stack([x for x, _ in LOADER.dataset]), samples)

@@ -385,6 +385,21 @@ def test_features_of_many_new_samples_are_never_held_at_once(split, monkeypatch)
     assert sum(n_samples) == len(new)
 
 
+def test_fitted_attributes_have_pyods_names_too():
+    data = pytest.importorskip("pyod.utils.data")
+    rng = np.random.default_rng(0)
+    X, far = rng.normal(size=(100, 4)), rng.normal(5, 1, size=(10, 4))
+    scorer = ThreatScorer(method="distance", alpha=0.1, random_state=0).fit(X)
+    assert len(scorer.decision_scores_) == scorer.n_calibration_
+    assert scorer.threshold_ == -scorer.offset_
+    assert 0 < scorer.labels_.mean() <= 0.1
+    assert_array_equal(scorer.labels_, scorer.decision_scores_ > scorer.threshold_)
+    new = np.concatenate([X[:10] + 0.1, far])
+    threat, truth = -scorer.score_samples(new), np.repeat([0, 1], 10)
+    assert_array_equal(threat > scorer.threshold_, scorer.predict(new) == -1)
+    data.evaluate_print("ThreatScorer", truth, threat)
+
+
 AUTO = ("disagreement", "mahalanobis", "feature_squeezing")
 WITHOUT_OUTPUTS = ("credibility", "mahalanobis")
 
