@@ -136,7 +136,19 @@ def _run(
     done = as_completed()
 
     def send(number: int) -> None:
-        future = client.submit(_answer, X[blocks[number]], sent, method, pure=False)
+        # In turn, since else all blocks would wait for the worker that has the estimator; the
+        # others fetch it from there.
+        workers = sorted(client.nthreads())
+        chosen = [workers[number % len(workers)]] if workers else None
+        future = client.submit(
+            _answer,
+            X[blocks[number]],
+            sent,
+            method,
+            pure=False,
+            workers=chosen,
+            allow_other_workers=bool(chosen),
+        )
         running[future] = number, sent
         done.add(future)
 
@@ -163,11 +175,14 @@ def _run(
 
 
 def _send_estimator(estimator: Any, client: Any) -> Any:
-    """Send the estimator to all workers, and wait for a worker if there is none."""
+    """Send the estimator to a worker, and wait for one if there is none.
+
+    Not to all of them: to broadcast waits forever if one of them dies meanwhile.
+    """
     for is_last in (*(False,) * MAX_RETRIES, True):
         client.wait_for_workers(1, timeout=WORKER_SECONDS)
         try:
-            return client.scatter(estimator, broadcast=True, hash=False)
+            return client.scatter(estimator, hash=False)
         except OSError:  # the worker is gone, and the scheduler does not know it yet
             if is_last:
                 raise

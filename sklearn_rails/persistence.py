@@ -12,7 +12,7 @@ import copy
 import os
 import warnings
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ._version import __version__
 from .features import FeatureMap, FrozenModule
 from .features.contents import checksum
 from .features.follow import FollowedNetwork
+from .features.frozen import as_module
 
 FORMAT = 1
 
@@ -117,7 +118,7 @@ def save(estimator: BaseEstimator, path: str | os.PathLike[str]) -> None:
 
 def load(
     path: str | os.PathLike[str],
-    module: nn.Module | Sequence[nn.Module] | None = None,
+    module: Any = None,
     *,
     mmap_mode: str | None = None,
 ) -> Any:
@@ -129,7 +130,7 @@ def load(
     ----------
     path : path-like
         A file of :func:`save`.
-    module : torch.nn.Module or sequence of these, default=None
+    module : torch.nn.Module, fitted skorch net, FrozenModule or sequence of these, default=None
         The network, with any weights: a copy of it gets those of the file. Its names and shapes
         must be those that were saved, and its features those of ``fit``. Several networks come in
         the order in which the error for None names them. None for an estimator without a network.
@@ -202,16 +203,9 @@ def load(
 
 
 def _as_list(module: Any) -> list[nn.Module]:
-    if module is None:
-        return []
-    modules = list(module) if isinstance(module, list | tuple) else [module]
-    for item in modules:
-        if not isinstance(item, nn.Module):
-            raise TypeError(
-                "module must be a torch.nn.Module or a sequence of these, got "
-                f"{type(item).__name__}."
-            )
-    return modules
+    modules = [] if module is None else module
+    modules = list(modules) if isinstance(modules, list | tuple) else [modules]
+    return [as_module(item) for item in modules]
 
 
 def _network_names(estimator: BaseEstimator) -> dict[int, str]:

@@ -165,7 +165,7 @@ class Renamed(nn.Sequential):
     [
         (None, ValueError, r"weights of 1 network\(s\), \[Sequential \(feature_extractor\)\], and"),
         ([NET, NET], ValueError, "module gives 2"),
-        ("net", TypeError, "module must be a torch.nn.Module or a sequence of these, got str"),
+        ("net", TypeError, "module must be a torch.nn.Module, a fitted skorch net or .*, got str"),
         (make_network(width=4), ValueError, r"0.weight is \(4, 6\), in the file \(5, 6\)"),
         (nn.Linear(6, 3), ValueError, "0.weight is missing, in the file"),
         (make_network(nn.ReLU), ValueError, "Sequential of other settings .* other features"),
