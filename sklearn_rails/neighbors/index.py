@@ -299,11 +299,12 @@ class ClassNeighbors:
         return self._order.index
 
     def move_to(self, device: torch.device) -> None:
-        """Move to a device, as a query does that is there.
+        """Move to a device.
 
         Parameters
         ----------
         device : torch.device
+            Where queries will be.
         """
         self._search.move_to(device)
 
@@ -318,6 +319,7 @@ class ClassNeighbors:
         Returns
         -------
         bool
+            False also where they are in a file, or rounded.
         """
         store = self.store
         if store.folder is not None or store.examples.shape != features.shape:
