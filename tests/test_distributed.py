@@ -177,6 +177,22 @@ def test_what_is_wrong_is_said(client, rails):
         predict(rails, np.zeros((9, 5), dtype=np.float32), client)
 
 
+def test_there_must_be_a_client_and_a_worker(rails, monkeypatch):
+    def nobody():
+        raise ValueError("No clients found")
+
+    monkeypatch.setattr(distributed, "default_client", nobody)
+    with pytest.raises(ValueError, match="client=None takes the current client, but there is none"):
+        predict(rails, NEW)
+
+    class Idle:
+        def nthreads(self):
+            return {}
+
+    with pytest.raises(ValueError, match="client has no worker"):
+        predict(rails, NEW, Idle())
+
+
 def test_progress_is_shown(client, rails, capsys):
     predict(rails, NEW, client)
     assert "70/70" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Files that run no code: what comes back, and what is refused."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from sklearn_rails import (
     TorchFeatureExtractor,
     _archive,
 )
+from sklearn_rails._encoding import Decoder, Encoder
 from sklearn_rails.immune import Arbitration, Triage
 from sklearn_rails.neighbors import ExactNeighbors
 from sklearn_rails.persistence import load, save
@@ -444,3 +446,121 @@ print("".join(rails.predict(np.full((3, 6), 0.25, dtype=np.float32))))
     )
     expected = load(saved, make_network()).predict(np.full((3, 6), 0.25, dtype=np.float32))
     assert run.stdout.strip() == "".join(expected)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        -3,
+        2.5,
+        np.inf,
+        -np.inf,
+        "text",
+        [1, [2, "three"]],
+        (1, (2,)),
+        {3, 1, 2},
+        slice(1, None, 2),
+        torch.Size([2, 3]),
+        {1: "one", ("a", 2): [None]},
+        np.float64(0.1),
+        np.float32("nan"),
+        np.str_("x"),
+        torch.float16,
+        torch.device("cuda:1"),
+        np.array([["a", None], [1, 2.5]], dtype=object),
+        np.zeros((0, 3)),
+        np.arange(6).reshape(2, 3).T,
+    ],
+    ids=repr,
+)
+def test_values_of_all_kinds_come_back(value):
+    encoder = Encoder({})
+    said = json.loads(json.dumps(encoder.encode(value, "value"), allow_nan=False))
+    found = Decoder(encoder.objects, encoder.arrays.__getitem__, []).decode(said)
+    assert type(found) is type(value)
+    if isinstance(value, np.ndarray):
+        assert found.dtype == value.dtype
+        assert_array_equal(found, value)
+    else:
+        assert repr(found) == repr(value)
+
+
+def test_what_is_one_object_stays_one():
+    tensor, array, network = torch.arange(3), np.arange(3), nn.Linear(1, 1)
+    encoder = Encoder({id(network): "net"})
+    said = encoder.encode([tensor, tensor, array, array, network, FrozenModule(network)], "value")
+    assert len(encoder.arrays) == 2
+    assert encoder.networks == [(network, "net")]
+    first, second, third, fourth, module, frozen = Decoder(
+        [], encoder.arrays.__getitem__, [network]
+    ).decode(said)
+    assert first is second
+    assert third is fourth
+    assert module is frozen.module is network
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ({"tuple": 5}, TypeError),
+        ({"float": "1e999"}, KeyError),
+        ({"dtype": "float99"}, TypeError),
+        ({"scalar": "|O", "value": 1}, TypeError),
+        ({"dict": [[[1], 2]]}, TypeError),
+        ({"object": 7}, IndexError),
+        ({"network": True}, TypeError),
+    ],
+)
+def test_values_that_no_encoder_makes_are_errors(said, error):
+    with pytest.raises(error):
+        Decoder([], [].__getitem__, []).decode(said)
+
+
+def test_objects_and_dates_are_not_saved():
+    for value in (np.array(["2020-01-01"], dtype="datetime64[D]"), object(), lambda: None):
+        with pytest.raises(TypeError):
+            Encoder({}).encode(value, "value")
+
+
+def zip_of(path, members, comment=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+        manifest = dict(members).get("manifest.json", "")
+        digest = hashlib.sha256(manifest.encode()).hexdigest()
+        archive.comment = digest.encode() if comment is None else comment
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("members", "match"),
+    [
+        ([("a", "b")], "it has no manifest.json"),
+        ([("manifest.json", "{}"), ("manifest.json", "{}")], "is there twice"),
+        ([("manifest.json", "{")], "manifest.json is not JSON"),
+        ([("manifest.json", "[]")], "manifest.json is no object"),
+        ([("manifest.json", "{}")], "the manifest has no format"),
+        (
+            [("manifest.json", '{"format": 1, "objects": [], "root": {}}')],
+            "manifest.json lists no arrays",
+        ),
+        (
+            [("manifest.json", '{"format": 1, "objects": [], "root": {}, "arrays": [3]}')],
+            "does not describe its arrays",
+        ),
+    ],
+)
+def test_archives_of_others_are_refused(members, match, tmp_path):
+    zip_of(tmp_path / "file", members)
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path / "file")
+
+
+def test_weights_that_are_no_tensors_are_refused(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"anything": 1}
+
+    with pytest.raises(TypeError, match="Extra has a state that is no tensor, '_extra_state'"):
+        save(TorchFeatureExtractor(Extra(2, 2)), tmp_path / "model")

@@ -212,6 +212,7 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert (results / "figure2_digits.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_results_of_other_data_stay_and_unknown_data_are_named(networks, tmp_path):
     settings = tmp_path / "settings.toml"
     settings.write_text(SETTINGS["study"])

@@ -90,10 +90,9 @@ class CellBank:
         Returns
         -------
         CellBank
-            This one if the index has others, or not in memory.
+            This one if the index has others, or not in memory, or there is an index already.
         """
-        assert self._cells is not None
-        if not neighbors.holds(self._cells):
+        if self._cells is None or not neighbors.holds(self._cells):
             return self
         return CellBank(neighbors=neighbors)
 

@@ -45,6 +45,7 @@ def defended(request, task):
     return defence(request.param, network, X, y), X, y, X_test, y_test
 
 
+@pytest.mark.slow
 def test_accuracy_falls_with_the_radius_to_nothing(defended):
     estimator, X, y, X_test, y_test = defended
     accuracy = []

@@ -449,6 +449,7 @@ def test_choose_layers_names_what_is_wrong(change, error, match):
         choose_layers(arguments.pop("network"), arguments.pop("X"), arguments.pop("y"), **arguments)
 
 
+@pytest.mark.slow
 def test_choose_layers_takes_a_radius_and_a_seed(network, digits):
     X, y = digits.X_train[:300], digits.y_train[:300]
     scores = choose_layers(network, X, y, eps=0.2, random_state=0)
