@@ -3,12 +3,14 @@
     python tests/matrix.py                    # all environments
     python tests/matrix.py minimum newest     # these
     python tests/matrix.py --cuda             # also where torch comes with CUDA libraries
+    python tests/matrix.py --csv docs/develop/matrix.csv
 
 Each environment is made once, in ``.venv-matrix/NAME``, and again when the requirements change.
 What pytest prints goes to ``.venv-matrix/NAME.log``.
 """
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -121,15 +123,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ENVIRONMENTS))
     parser.add_argument("--cuda", action="store_true", help="install torch with CUDA (gigabytes)")
+    parser.add_argument("--csv", type=Path, help="write the table to this file")
     args = parser.parse_args()
     if unknown := set(args.names) - set(ENVIRONMENTS):
         parser.error(f"no such environment: {', '.join(sorted(unknown))}")
-    rows, not_run, passed = [["environment", *VERSIONS, *COUNTS]], [], True
+    rows, passed = [["environment", *VERSIONS, *COUNTS]], True
     for name in args.names or ENVIRONMENTS:
         python, reason = install(name, ENVIRONMENTS[name], args.cuda)
         if reason:
             print(f"{name}: not run: {reason}", flush=True)
-            not_run.append(f"{name}: not run: {reason}")
+            rows.append([name, "not run", *[""] * (len(rows[0]) - 2)])
             continue
         row, ok = counts(python, ROOT / ".venv-matrix" / f"{name}.log")
         passed &= ok
@@ -137,7 +140,9 @@ def main():
         print(*rows[-1], flush=True)
     print()
     print_table(rows)
-    print(*not_run, sep="\n")
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
     return not passed
 
 
