@@ -198,7 +198,12 @@ def bench_loops(repeat):
     X = X.astype(np.float64)
     settings = {"population_size": 100, "generations": 3}
     rails = RAILSClassifier(
-        network, early_stopping=False, dtype="float64", random_state=SEED, **settings
+        network,
+        layers="output",
+        early_stopping=False,
+        dtype="float64",
+        random_state=SEED,
+        **settings,
     ).fit(X, y)
     start = time.perf_counter()
     run_literally(rails, network, X, y, X[0] / 2)
