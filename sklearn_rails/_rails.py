@@ -25,7 +25,7 @@ from ._base import (
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._documentation import document
 from ._threat import ThreatScorer
-from ._validation import check_known_labels, read_samples, validate_labels
+from ._validation import check_known_labels, read_in_order, read_samples, validate_labels
 from .features.layer_choice import LayerScores, score_layers
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
 from .immune.alarms import check_alarms, check_threat_scores
@@ -500,6 +500,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ImmuneResponse
             Predictions, plasma and memory cells, curves over the generations, and the threat.
         """
+        X = read_in_order(X)  # once, for the scorer too
         fitted, rows = self._validate(X)
         threat, alarms = fitted._ask_scorer(X, len(rows))
         return fitted.engine_.respond(
@@ -594,6 +595,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         alarms : ndarray of shape (n,), bool
             True for samples that the threat scorer flags.
         """
+        X = read_in_order(X)  # once, for the scorer too
         fitted, rows = self._validate(X)
         alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
         scores = fitted.engine_.scores(
@@ -716,9 +718,12 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
                     scorer.random_state = self.seed_
                 scorer._outer = OuterIndexes(self._features, self._labels, self.neighbors_)
             self.threat_scorer_ = scorer.fit(*given)
-            vars(scorer).pop("_outer", None)
+            if isinstance(scorer, ThreatScorer):
+                del scorer._outer
 
     def _scores(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
+        if getattr(self.gate, "needs_alarms", False):
+            X = read_in_order(X)  # once, for the scorer too
         fitted, rows = self._validate(X)
         alarms = None
         if getattr(fitted.engine_.gate, "needs_alarms", False):

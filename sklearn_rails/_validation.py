@@ -278,6 +278,31 @@ def read_samples(X: Any, y: Any = None) -> tuple[Any, Any]:
     return torch.cat(samples), y
 
 
+def read_in_order(X: Any) -> Any:
+    """Read samples as :func:`read_samples` does, in an order that is known.
+
+    Parameters
+    ----------
+    X : torch.utils.data.Dataset or DataLoader, or any other object
+
+    Returns
+    -------
+    object
+        The samples, or any other object itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`read_samples`, and if X is a loader that shuffles.
+    """
+    if isinstance(X, DataLoader) and isinstance(X.sampler, RandomSampler):
+        raise ValueError(
+            "X is a DataLoader that shuffles its samples, so that nobody could tell which answer "
+            "is for which of them: use one with shuffle=False."
+        )
+    return read_samples(X)[0]
+
+
 def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
     """Flatten the samples of n-dimensional arrays and tensors, and leave all else as it is.
 
@@ -299,12 +324,7 @@ def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
     ValueError
         If it is not an array of samples of one shape, or a loader that shuffles.
     """
-    if isinstance(X, DataLoader) and isinstance(X.sampler, RandomSampler):
-        raise ValueError(
-            "X is a DataLoader that shuffles its samples, so that nobody could tell which answer "
-            "is for which of them: use one with shuffle=False."
-        )
-    X, _ = read_samples(X)
+    X = read_in_order(X)
     if isinstance(X, Iterator):
         raise TypeError(f"X must be an array or a tensor, got a {type(X).__name__}.")
     if isinstance(X, list | tuple) and any(isinstance(sample, torch.Tensor) for sample in X):

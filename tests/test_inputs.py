@@ -9,9 +9,10 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from sklearn_rails import DkNNClassifier, RAILSClassifier, ThreatScorer, TorchFeatureExtractor
+from sklearn_rails.immune import Triage
 from sklearn_rails.neighbors import ExactNeighbors
 
 SHAPE = (1, 5, 6)
@@ -382,3 +383,29 @@ def test_a_loader_that_shuffles_may_be_fitted():
     dknn = DkNNClassifier(n_neighbors=1, calibration="leave-one-out")
     loader = DataLoader(TENSORS, batch_size=8, shuffle=True)
     assert_array_equal(dknn.fit(loader).predict(IMAGES), NUMBERS)
+
+
+class Counted(Dataset):
+    """A data set that counts what is read of it, as one with random changes would show."""
+
+    def __init__(self):
+        self.n_read = 0
+
+    def __len__(self):
+        return len(TENSORS)
+
+    def __getitem__(self, i):
+        self.n_read += 1
+        return TENSORS[i]
+
+
+@pytest.mark.parametrize("ask", ["predict", "predict_with_alarm", "respond"])
+def test_a_data_set_is_read_once_for_the_classifier_and_its_scorer(ask):
+    rails = RAILSClassifier(
+        population_size=20, threat_scorer=ThreatScorer(alpha=0.2), gate=Triage(), random_state=0
+    ).fit(TENSORS)
+    data = Counted()
+    getattr(rails, ask)(data)
+    assert data.n_read == 30
+    with pytest.raises(ValueError, match="shuffles its samples"):
+        getattr(rails, ask)(DataLoader(TENSORS, shuffle=True))
