@@ -435,7 +435,7 @@ def prepare_fit(
         keep_integers=network is not None,
     )
     if getattr(estimator, "train_network", False):
-        network = train_network(estimator, X, y)
+        network = train_clone(estimator, X, y)
     layers = resolve_from_extractor(estimator, "layers")
     is_auto = score is not None and isinstance(layers, str) and layers == "auto"
     features = feature_map(estimator, network, None if is_auto else layers, start_layer)
@@ -457,7 +457,7 @@ def prepare_fit(
     return X, y
 
 
-def train_network(estimator: Any, X: Any, y: Any) -> nn.Module:
+def train_clone(estimator: Any, X: Any, y: Any) -> nn.Module:
     """Train a clone of an estimator's skorch net.
 
     Parameters
@@ -475,7 +475,7 @@ def train_network(estimator: Any, X: Any, y: Any) -> nn.Module:
     Raises
     ------
     TypeError
-        If the net is none.
+        If ``feature_extractor`` is not a skorch net.
     """
     net = estimator.feature_extractor
     if not is_network(net) or isinstance(net, nn.Module):

@@ -189,7 +189,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         ----------
         %(X_train)s
         y : array-like of shape (n,)
-            Their classes.
+            Their classes. None takes those of a data set of pairs.
 
         Returns
         -------

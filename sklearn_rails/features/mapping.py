@@ -198,8 +198,10 @@ class FeatureMap:
     @property
     def identity(self) -> tuple[Any, ...] | None:
         """What determines the outputs, as a key; None if that is not known."""
-        known = self._followed.module is not None and self._source is not None
-        return (self._source, self.start_layer, self.batch_size) if known else None
+        source = self._source
+        if self.module is None or source is None:
+            return None
+        return source, self.start_layer, self.batch_size
 
     @property
     def _source(self) -> tuple[Any, ...] | None:
@@ -223,7 +225,8 @@ class FeatureMap:
         bool
             True if network, type, device and shape are the same. Batches may be of other sizes.
         """
-        return self._source is not None and self._source == other._source
+        source = self._source
+        return source is not None and source == other._source
 
     def rebased(self) -> "FeatureMap":
         """Return a map of the network as it is now, for an index that is built again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,28 @@ RANKED_VALUES = 12
 # half precision; where rounding may have moved a neighbour by more places, the number is doubled.
 # With 10 neighbours of 300 queries (digits; 20,000 x 64; 6,000 x 4,096) the most was 2 and 3.
 SLACK, SLACK_FLOAT16 = 6, 24
+
+
+class QueryBlock(NamedTuple):
+    """Queries that are searched for together.
+
+    Attributes
+    ----------
+    queries : torch.Tensor of shape (n, n_features)
+        As they were given.
+    moved : torch.Tensor of shape (n, n_features)
+        Relative to the origin, as products take them.
+    norms : torch.Tensor of shape (n,)
+        Of the moved queries.
+    """
+
+    queries: Tensor
+    moved: Tensor
+    norms: Tensor
+
+    def take(self, rows: Tensor) -> QueryBlock:
+        """Return some of the queries."""
+        return QueryBlock(*(part[rows] for part in self))
 
 
 class AllPairsSearch(Search):
@@ -129,21 +151,16 @@ class ProductSearch(AllPairsSearch):
         self, queries: Tensor, n_neighbors: int, n_candidates: int, take: Take
     ) -> tuple[Tensor, Tensor]:
         moved = self._move_queries(queries)
-        norms = norm(moved)
-        self.affinity.check_queries(self.geometry, norms)
-        if self._can_sketch(moved, norms, n_neighbors):
-            return self._find_by_sketch(queries, moved, norms, n_neighbors, n_candidates, take)
-        return self._find_by_product(queries, moved, norms, n_neighbors, n_candidates, take)
+        block = QueryBlock(queries, moved, norm(moved))
+        self.affinity.check_queries(self.geometry, block.norms)
+        can_sketch = self._can_sketch(block, n_neighbors)
+        find = self._find_by_sketch if can_sketch else self._find_by_product
+        return find(block, n_neighbors, n_candidates, take)
 
     def _find_by_product(
-        self,
-        queries: Tensor,
-        moved: Tensor,
-        norms: Tensor,
-        n_neighbors: int,
-        n_candidates: int,
-        take: Take,
+        self, block: QueryBlock, n_neighbors: int, n_candidates: int, take: Take
     ) -> tuple[Tensor, Tensor]:
+        queries, moved, norms = block
         top, places = find_top_scores(self._scores(moved), self.order, n_candidates)
         # The decisions below are a few numbers for each query, for which numpy takes less time.
         scores, lengths = top.cpu().numpy(), norms.cpu().numpy().astype(np.float64)
@@ -166,17 +183,13 @@ class ProductSearch(AllPairsSearch):
             if len(unsure):
                 unsure = unsure.to(queries.device)
                 affinity[unsure], ranked[unsure] = self._find_by_product(
-                    queries[unsure],
-                    moved[unsure],
-                    norms[unsure],
-                    n_neighbors,
-                    2 * n_candidates,
-                    take,
+                    block.take(unsure), n_neighbors, 2 * n_candidates, take
                 )
         return affinity, ranked
 
-    def _can_sketch(self, moved: Tensor, norms: Tensor, n_neighbors: int) -> bool:
+    def _can_sketch(self, block: QueryBlock, n_neighbors: int) -> bool:
         """Check whether there are sketches, and their bounds hold for these queries."""
+        moved = block.moved
         is_plain = moved.device.type == "cpu" and product_is_exact(moved)
         if self.sketch is None or not is_plain or self.order.smallest < n_neighbors:
             return False
@@ -185,19 +198,14 @@ class ProductSearch(AllPairsSearch):
             # Distances from a query that is farther out than every example are rounded by more
             # than their scores err, and which examples tie depends on those that are compared.
             longest = min(longest, self.geometry.max_norm)
-        return bool(norms.max() < longest)
+        return bool(block.norms.max() < longest)
 
     def _find_by_sketch(
-        self,
-        queries: Tensor,
-        moved: Tensor,
-        norms: Tensor,
-        n_neighbors: int,
-        n_candidates: int,
-        take: Take,
+        self, block: QueryBlock, n_neighbors: int, n_candidates: int, take: Take
     ) -> tuple[Tensor, Tensor]:
         """Find neighbours among the examples that sketches do not rule out."""
         assert self.sketch is not None
+        queries, moved, norms = block
         # Scores differ from those relative to the centre by a constant of each query.
         constants = torch.mv(moved, self.geometry.center).mul_(self.geometry.unit)
         bounds = add_product(self._offsets, self.sketch(moved), self.sketch.examples)
@@ -213,7 +221,7 @@ class ProductSearch(AllPairsSearch):
         contends = (bounds < bars).logical_not_().scatter_(1, promising, True)
         is_short = contends.sum(dim=1) <= MAX_SHARE * contends.shape[1]
         if not is_short.any():
-            return self._find_by_product(queries, moved, norms, n_neighbors, n_candidates, take)
+            return self._find_by_product(block, n_neighbors, n_candidates, take)
         affinity, places = self._allocate_found(queries, n_neighbors)
         for i in is_short.nonzero()[:, 0].tolist():
             left = contends[i].nonzero()[:, 0]
@@ -221,7 +229,7 @@ class ProductSearch(AllPairsSearch):
         if not is_short.all():
             others = ~is_short
             affinity[others], places[others] = self._find_by_product(
-                queries[others], moved[others], norms[others], n_neighbors, n_candidates, take
+                block.take(others), n_neighbors, n_candidates, take
             )
         return affinity, places
 

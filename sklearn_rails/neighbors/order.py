@@ -131,14 +131,10 @@ class ClassOrder(DeviceTensors):
         self._groups = self._inverse = None
 
     def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__() | {"_groups": None, "_inverse": None}
         # The smallest type that holds the positions: for few features they take much of a file.
-        index = self.index.cpu().numpy().astype(np.min_scalar_type(len(self.index)))
-        return vars(self) | {
-            "index": index,
-            "starts": self.starts.cpu().numpy(),
-            "_groups": None,
-            "_inverse": None,
-        }
+        state["index"] = state["index"].astype(np.min_scalar_type(len(self.index)))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -135,16 +135,16 @@ class Mahalanobis(Detector):
 
     def fit(self, clean: CleanSamples) -> Self:
         """Estimate the means and the covariance."""
-        self._samples = IndexedSamples(clean.neighbors, clean.labels, clean.n_classes)
+        self._samples: IndexedSamples = clean
         self.estimates_: dict[str, Gaussians] = {}
         for layer in clean.neighbors:
             self._estimate(layer)
-        large = [
-            layer
+        large = {
+            layer: neighbors
             for layer, neighbors in clean.neighbors.items()
             if self.estimates_[layer].n_bytes > PICKLED_SHARE * neighbors.store.examples.nbytes
-        ]
-        self._samples = self._samples.of_layers(large)
+        }
+        self._samples = IndexedSamples(large, clean.labels, clean.n_classes)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

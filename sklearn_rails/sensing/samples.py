@@ -1,7 +1,7 @@
 """What detectors are given: clean samples in fit, and samples to be scored."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +39,6 @@ class IndexedSamples:
         self.neighbors = neighbors
         self.labels = labels
         self.n_classes = n_classes
-
-    def of_layers(self, layers: Collection[str]) -> "IndexedSamples":
-        """Return the samples in some of the layers.
-
-        Parameters
-        ----------
-        layers : collection of str
-
-        Returns
-        -------
-        IndexedSamples
-        """
-        neighbors = {layer: n for layer, n in self.neighbors.items() if layer in layers}
-        return IndexedSamples(neighbors, self.labels, self.n_classes)
 
     def examples(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the features of all samples in a layer, class after class.

@@ -122,7 +122,7 @@ def test_queries_that_sketches_rule_out_little_for_are_compared_with_all(monkeyp
     monkeypatch.setattr(
         exact.ProductSearch,
         "_find_by_product",
-        lambda self, queries, *args: full.append(len(queries)) or find(self, queries, *args),
+        lambda self, block, *args: full.append(len(block.queries)) or find(self, block, *args),
     )
     neighbors.kneighbors(Q, 5)
     assert full == [2]
