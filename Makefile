@@ -20,9 +20,10 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow and not browser" --cov \
 		--cov-report=term-missing
 
-# Statistical tests of p-values and alarm rates, and others that take minutes. Without coverage.
+# Statistical tests of p-values and alarm rates, and others that take minutes. Without coverage. The
+# counts at the end, which the docs show, go into a file with COUNTS=docs/develop/tested.csv.
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m slow $(if $(COUNTS),--counts "$(COUNTS)")
 
 # The main tests in an environment for each line of tests/matrix.py, such as NAMES="minimum newest".
 test-matrix:

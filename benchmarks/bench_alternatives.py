@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from bench_limits import answer_alone, time_pairs
 from bench_serving import processor
+from reproduce.detectors import LIBRARIES
 from reproduce.train import attack, load_data, load_network, split_rows
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
+from sklearn.neighbors import NearestNeighbors
 
 from sklearn_rails import RAILSClassifier, ThreatScorer, TorchFeatureExtractor, __version__
 from sklearn_rails.neighbors import ClassNeighbors
@@ -149,31 +150,7 @@ def compare_neighbours(problem):
                 }
 
 
-def learn_outlier_factor(problem, layer, F):
-    detector = LocalOutlierFactor(n_neighbors=50, novelty=True).fit(F)
-    return lambda F, X: -detector.score_samples(F)
-
-
-def learn_pyod(problem, layer, F):
-    from pyod.models.knn import KNN
-
-    detector = KNN(n_neighbors=50).fit(F)
-    return lambda F, X: detector.decision_function(F)
-
-
-def learn_pytorch_ood(problem, layer, F):
-    from pytorch_ood.detector import Mahalanobis
-
-    detector = Mahalanobis(None)
-    torch.set_default_dtype(torch.float64)  # else the covariance cannot be inverted
-    try:
-        detector.fit_features(torch.from_numpy(F).double(), torch.from_numpy(problem.y))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return lambda F, X: detector.predict_features(torch.from_numpy(F).double()).numpy()
-
-
-def learn_art(problem, layer, F):
+def learn_art(problem):
     from art.defences.detector.evasion import SubsetScanningDetector
     from art.estimators.classification import PyTorchClassifier
 
@@ -181,14 +158,15 @@ def learn_art(problem, layer, F):
         problem.network, torch.nn.CrossEntropyLoss(), (1, 28, 28), N_CLASSES, clip_values=(0, 1)
     )
     detector = SubsetScanningDetector(wrapped, problem.X[:1000], "conv4", verbose=False)
-    return lambda F, X: detector.scan(X, X[:1])[0]
+    return lambda X: detector.scan(X, X[:1])[0]
 
 
-DETECTORS = {
-    "scikit-learn LocalOutlierFactor": ("distance", learn_outlier_factor),
-    "PyOD KNN": ("distance", learn_pyod),
-    "pytorch-ood Mahalanobis": ("mahalanobis", learn_pytorch_ood),
-    "ART SubsetScanningDetector": ("auto", learn_art),
+# Ours of the same kind.
+METHODS = {
+    "scikit-learn LocalOutlierFactor": "distance",
+    "PyOD KNN": "distance",
+    "pytorch-ood Mahalanobis": "mahalanobis",
+    "ART SubsetScanningDetector": "auto",
 }
 
 
@@ -200,10 +178,13 @@ def compare_detectors(problem, n_rows=300):
     both = np.concatenate([clean, attacked]).astype(np.float32)
     is_attacked = np.repeat([0, 1], n_rows)
     flat = problem.X.reshape(len(problem.X), -1)
-    for name, (method, learn) in DETECTORS.items():
+    for name, method in METHODS.items():
         start = time.perf_counter()
         try:
-            judge = learn(problem, layer, flat)
+            if name in LIBRARIES:
+                judge, rows = LIBRARIES[name](flat, problem.y, 50), both.reshape(len(both), -1)
+            else:
+                judge, rows = learn_art(problem), both
         except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch
             print(f"{name} is left out: {error}", flush=True)
             continue
@@ -212,10 +193,9 @@ def compare_detectors(problem, n_rows=300):
         ours = ThreatScorer(problem.network, layers=layer, method=method, random_state=0)
         ours.fit(problem.X, problem.y)
         ours_fit = time.perf_counter() - start
-        rows = both.reshape(len(both), -1)
         fast, slow, ratio = time_pairs(
             functools.partial(ours.score_samples, both),
-            functools.partial(judge, rows, both),
+            functools.partial(judge, rows),
             3,
         )
         yield {
@@ -227,7 +207,7 @@ def compare_detectors(problem, n_rows=300):
             "times_as_fast": 1 / ratio,
             "quality": "AUROC, PGD",
             "ours_quality": roc_auc_score(is_attacked, -ours.score_samples(both)),
-            "theirs_quality": roc_auc_score(is_attacked, judge(rows, both)),
+            "theirs_quality": roc_auc_score(is_attacked, judge(rows)),
         }
 
 

@@ -1,5 +1,6 @@
 """Networks and data that the tests share."""
 
+import csv
 import os
 
 import numpy as np
@@ -73,6 +74,37 @@ def digit_task(digits):
     X, y = X[order], y[order]
     network = train_network(X[:600], y[:600], max_epochs=8, verbose=0)
     return network.module_, X[:600], y[:600], X[600:1000], y[600:1000]
+
+
+@pytest.fixture
+def report(record_property):
+    """Count what a test has tried: printed after the run, and written by --counts."""
+
+    def record(name, value):
+        record_property(f"tested: {name}", value)
+
+    return record
+
+
+def pytest_addoption(parser):
+    parser.addoption("--counts", help="CSV file that what was tested is written to")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    tested = [
+        (name.removeprefix("tested: "), value)
+        for result in terminalreporter.stats.get("passed", [])
+        for name, value in result.user_properties
+        if name.startswith("tested: ")
+    ]
+    if not tested:
+        return
+    terminalreporter.section("What was tested")
+    for name, value in sorted(tested):
+        terminalreporter.line(f"{name}: {value:,}")
+    if config.option.counts:
+        with open(config.option.counts, "w", newline="") as file:
+            csv.writer(file).writerows([("what", "count"), *sorted(tested)])
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,11 +9,9 @@ pytorch-ood needs a torchvision that fits torch; ``libraries`` in the settings c
 """
 
 import numpy as np
-import torch
 from attacks import by_hop_skip_jump, network_attacks
 from common import main, predict_network, share
-from pyod.models.knn import KNN
-from sklearn.neighbors import LocalOutlierFactor
+from detectors import LIBRARIES
 from train import attack_settings, load_data
 
 from sklearn_rails import ThreatScorer, TorchFeatureExtractor
@@ -44,38 +42,6 @@ class OnFeatures:
 
     def threat(self, X):
         return self.judge(self.extractor.transform(X))
-
-
-# Each learns from features and their classes, and gives a function from features to threat scores.
-
-
-def learn_outlier_factor(F, y, n_neighbors):
-    detector = LocalOutlierFactor(n_neighbors=n_neighbors, novelty=True).fit(F)
-    return lambda F: -detector.score_samples(F)
-
-
-def learn_neighbors(F, y, n_neighbors):
-    return KNN(n_neighbors=n_neighbors).fit(F).decision_function
-
-
-def learn_mahalanobis(F, y, n_neighbors):
-    from pytorch_ood.detector import Mahalanobis
-
-    detector = Mahalanobis(None)
-    # In single precision the covariance of thousands of features cannot be inverted.
-    torch.set_default_dtype(torch.float64)
-    try:
-        detector.fit_features(torch.from_numpy(F).double(), torch.from_numpy(y))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return lambda F: detector.predict_features(torch.from_numpy(F).double()).numpy()
-
-
-LIBRARIES = {
-    "scikit-learn LocalOutlierFactor": learn_outlier_factor,
-    "PyOD KNN": learn_neighbors,
-    "pytorch-ood Mahalanobis": learn_mahalanobis,
-}
 
 
 def make_detectors(task, own):

@@ -1,0 +1,41 @@
+"""Outlier detectors of other libraries, that threat scores are compared with.
+
+Each function learns from features and their classes, and gives a function from features to threat
+scores, higher for more suspect.
+"""
+
+import torch
+
+
+def learn_outlier_factor(F, y, n_neighbors):
+    from sklearn.neighbors import LocalOutlierFactor
+
+    detector = LocalOutlierFactor(n_neighbors=n_neighbors, novelty=True).fit(F)
+    return lambda F: -detector.score_samples(F)
+
+
+def learn_neighbors(F, y, n_neighbors):
+    from pyod.models.knn import KNN
+
+    return KNN(n_neighbors=n_neighbors).fit(F).decision_function
+
+
+def learn_mahalanobis(F, y, n_neighbors):
+    # It imports a torchvision, which must fit torch.
+    from pytorch_ood.detector import Mahalanobis
+
+    detector = Mahalanobis(None)
+    # In single precision the covariance of thousands of features cannot be inverted.
+    torch.set_default_dtype(torch.float64)
+    try:
+        detector.fit_features(torch.from_numpy(F).double(), torch.from_numpy(y))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return lambda F: detector.predict_features(torch.from_numpy(F).double()).numpy()
+
+
+LIBRARIES = {
+    "scikit-learn LocalOutlierFactor": learn_outlier_factor,
+    "PyOD KNN": learn_neighbors,
+    "pytorch-ood Mahalanobis": learn_mahalanobis,
+}
