@@ -437,6 +437,47 @@ def bench_files(repeat, data_home):
         )
 
 
+def bench_sketches(repeat, data_home, n_queries=50):
+    """Time of a query with short vectors first, against one product with all features."""
+    from bench_passes import LAYERS
+
+    for name in ("mnist", "svhn", "cifar10"):
+        network, X, y, rows, _ = load_problem(name, data_home, n_queries)
+        extractor = TorchFeatureExtractor(network, layers=LAYERS[name]).fit(X[:20])
+        features, queries = (torch.from_numpy(extractor.transform(A)) for A in (X, rows))
+        neighbors = ClassNeighbors().fit(features, y, n_classes=10)
+        search = neighbors._search
+        sketch, what = search.sketch, f"{name} {LAYERS[name]}, {features.shape[1]} features"
+        if sketch is None:
+            yield f"examples left by short vectors, {what}", 1, "", None, "no short vectors"
+            continue
+        n_left, rank_some = [], search._rank_some
+
+        def count_left(query, places, *others, n_left=n_left, rank_some=rank_some):
+            n_left.append(len(places))
+            return rank_some(query, places, *others)
+
+        def find(with_sketch, neighbors=neighbors, sketch=sketch, queries=queries):
+            neighbors._search.sketch = sketch if with_sketch else None
+            for query in queries:
+                neighbors.kneighbors(query[None], 10)
+
+        search._rank_some = count_left
+        find(True)
+        del search._rank_some
+        short, full, ratio = time_pairs(
+            functools.partial(find, True), functools.partial(find, False), repeat
+        )
+        yield (
+            f"time of one query with short vectors / without, {what}",
+            ratio,
+            "<=",
+            0.5,
+            f"{sketch.examples.shape[1]} values, {np.mean(n_left) / len(X):.1%} of the examples "
+            f"left, {1e3 * short / n_queries:.2f} / {1e3 * full / n_queries:.2f} ms",
+        )
+
+
 def bench_device(repeat, device="cpu"):
     """Labels on another device, with its fast products, and memory, against the CPU."""
     network = SmallCNN((1, 28, 28)).eval()
@@ -567,6 +608,7 @@ PARTS = {
     "half": bench_half,
     "serving": bench_serving,
     "files": bench_files,
+    "sketches": bench_sketches,
     "fit": bench_fit,
     "device": bench_device,
     "memory": bench_memory,
@@ -576,7 +618,7 @@ PARTS = {
 
 ON_REQUEST = ("memory_large", "device")
 ON_DEVICE = ("overhead", "device")
-ON_IMAGES = ("passes", "half", "serving", "files")
+ON_IMAGES = ("passes", "half", "serving", "files", "sketches")
 
 
 def main():
