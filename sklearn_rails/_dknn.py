@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from ._base import (
@@ -26,8 +27,26 @@ from ._conformal import conformal_p_values, sample_rows
 from ._documentation import document
 from ._validation import plain_labels, read_samples
 from .features.layer_choice import LayerScores, score_layers
-from .neighbors import ClassNeighbors
+from .neighbors import ClassNeighbors, ExactNeighbors
+from .neighbors.certificate import certified_radii
 from .neighbors.votes import neighbor_votes
+
+
+def _certifies(dknn: "DkNNClassifier") -> bool:
+    """Check that the prediction is the class of the exactly nearest sample."""
+    layers = getattr(dknn, "layers_", dknn.layers)
+    if dknn.feature_extractor is None and layers in ("auto", None):
+        layers = "input"
+    algorithm = dknn.algorithm
+    is_exact = isinstance(algorithm, ExactNeighbors) and algorithm.storage != "float16"
+    is_exact = is_exact or algorithm == "auto"
+    if is_exact and dknn.n_neighbors == 1 and layers in ("input", ["input"], ("input",)):
+        return True
+    raise AttributeError(
+        "certified_radius needs n_neighbors=1, layers='input' and algorithm='auto' or "
+        "ExactNeighbors in full precision, got "
+        f"n_neighbors={dknn.n_neighbors!r}, layers={dknn.layers!r} and algorithm={algorithm!r}."
+    )
 
 
 @document
@@ -323,6 +342,45 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         p_values = np.sort(self.p_values(X), axis=1)
         return 1 - p_values[:, -2] if p_values.shape[1] > 1 else np.ones(len(p_values))
 
+    @available_if(_certifies)
+    def certified_radius(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
+        """Compute a Euclidean radius within which no input is predicted otherwise.
+
+        Only there with ``n_neighbors=1``, ``layers="input"`` and ``algorithm="auto"`` or
+        :class:`~sklearn_rails.neighbors.ExactNeighbors` in full precision. The prediction is then
+        the class of the nearest training sample, and an input must cross the hyperplane between one
+        sample of the class and another's to change it.
+
+        Parameters
+        ----------
+        %(X)s
+
+        Returns
+        -------
+        ndarray of shape (n,), float64
+            In the units of X: a lower bound of the norm of every change of the input that changes
+            the prediction, whoever makes it. 0 where samples of two classes tie, infinite with one
+            class. Rounding is taken off.
+
+        Notes
+        -----
+        With the distances d from the input, the radius is the minimum over the training samples
+        t_j of other classes of the maximum, over the five nearest t_i of the predicted class, of
+        (d_j^2 - d_i^2) / (2 ||t_i - t_j||). It takes one comparison with all training samples.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_digits
+        >>> from sklearn_rails import DkNNClassifier
+        >>> X, y = load_digits(return_X_y=True)
+        >>> dknn = DkNNClassifier(n_neighbors=1, layers="input", random_state=0)
+        >>> _ = dknn.fit(X[:1000], y[:1000])
+        >>> dknn.certified_radius(X[1000:1003]).round(1)
+        array([10.7, 12.7, 12.2])
+        """
+        fitted, samples = self._validate(X)
+        return fitted._certify(samples)
+
     def training_data(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the samples that the classifier was fitted on, and their classes.
 
@@ -379,6 +437,21 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             )
 
         return map_blocks(vote, len(X), self._features.row_bytes, self._features.device)
+
+    def _certify(self, X: Any) -> NDArray[np.float64]:
+        ((layer, neighbors),) = self._neighbors.items()
+        stored_labels = torch.from_numpy(self._labels)[neighbors.index.cpu()]
+
+        def certify(block: slice) -> tuple[NDArray[np.float64]]:
+            queries = self._features(X[block])[layer]
+            _, nearest = neighbors.kneighbors(queries, 1)
+            predicted = torch.from_numpy(self._labels)[nearest[:, 0, 0].cpu()]
+            labels, predicted = stored_labels.to(queries.device), predicted.to(queries.device)
+            return (certified_radii(queries, neighbors.store, labels, predicted),)
+
+        # Squares of distances, and masks, ranks and bounds of them, in double precision.
+        row_bytes = self._features.row_bytes + 6 * 8 * len(stored_labels)
+        return map_blocks(certify, len(X), row_bytes, self._features.device)[0]
 
     def _nonconformities(self, X: Any, self_index: NDArray[Any] | None = None) -> NDArray[Any]:
         votes, _ = self._vote(X, self_index)
