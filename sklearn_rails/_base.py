@@ -1,8 +1,10 @@
 """A network as a parameter: shared checks, and fits that fail without a trace."""
 
 import functools
+import threading
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from numbers import Integral
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -67,6 +69,9 @@ FIT_PARAMETERS = (
     "threat_scorer",
     "train_network",
 )
+
+# Methods that change one estimator take turns: of two threads that remember, neither's is lost.
+_TURNS: MutableMapping[Any, Any] = weakref.WeakKeyDictionary()
 
 # What a network that has changed since fit does to estimators that compare with training samples.
 NEIGHBORS_ARE_STALE = "the features of the training samples are those of the network as it was."
@@ -231,8 +236,9 @@ def restore_on_error(method: Callable[P, T]) -> Callable[P, T]:
     """Restore the estimator's attributes and random state if the decorated method raises.
 
     The method works on a shallow copy, whose new attributes the estimator takes over when it is
-    done; meanwhile the estimator is its ``_original``. ``fit`` keeps the parameters that it ran
-    with for :func:`as_fitted`.
+    done, all at once, so that threads which predict meanwhile use the old state or the new one;
+    until then the estimator is its ``_original``. ``fit`` keeps the parameters that it ran with for
+    :func:`as_fitted`.
 
     Parameters
     ----------
@@ -246,6 +252,10 @@ def restore_on_error(method: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _TURNS.setdefault(self, threading.RLock()):
+            return run(self, *args, **kwargs)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         names = self.get_params(deep=False)
         params = {name: plain_scalar(value) for name, value in names.items()}
         if method.__name__ != "fit":
@@ -259,18 +269,18 @@ def restore_on_error(method: Callable[P, T]) -> Callable[P, T]:
         state = None if rng is None else rng.get_state(legacy=False)
         try:
             method(work, *args, **kwargs)
+            if method.__name__ == "fit":
+                used = set(names) - set(FIT_PARAMETERS) - set(EXECUTION_PARAMETERS)
+                work._fitted_params = {name: params[name] for name in used}
+            vars(work).pop("_original", None)
+            learned = {name: value for name, value in vars(work).items() if name not in names}
+            kept = {name: value for name, value in vars(self).items() if name in names}
+            # One assignment, which no thread and no exception finds half done.
+            self.__dict__ = kept | learned
         except BaseException:
             if rng is not None:
                 rng.set_state(state)
             raise
-        if method.__name__ == "fit":
-            used = set(names) - set(FIT_PARAMETERS) - set(EXECUTION_PARAMETERS)
-            work._fitted_params = {name: params[name] for name in used}
-        vars(work).pop("_original", None)
-        learned = {name: value for name, value in vars(work).items() if name not in names}
-        for name in set(vars(self)) - set(learned) - set(names):
-            delattr(self, name)
-        vars(self).update(learned)
         return self
 
     return wrapped  # type: ignore[return-value]
@@ -288,21 +298,23 @@ def as_fitted(estimator: Any, *, consequence: str | None = None) -> Any:
     Returns
     -------
     estimator
-        A view that shares the fitted attributes.
+        A view that shares the fitted attributes, and keeps them if the estimator is fitted again.
 
     Raises
     ------
     sklearn.exceptions.NotFittedError
         If the estimator is not fitted.
     """
-    check_is_fitted(estimator)
-    estimator._features.follow_network(consequence=consequence)
+    fitted = estimator._with({})  # read once: another thread may fit the estimator meanwhile
+    check_is_fitted(fitted)
+    fitted._features.follow_network(consequence=consequence)
     execution = {
-        name: plain_scalar(getattr(estimator, name))
+        name: plain_scalar(getattr(fitted, name))
         for name in EXECUTION_PARAMETERS
-        if hasattr(estimator, name)
+        if hasattr(fitted, name)
     }
-    return estimator._with(estimator._fitted_params | execution)
+    vars(fitted).update(fitted._fitted_params | execution)
+    return fitted
 
 
 def validate_rows(estimator: Any, X: Any) -> Any:

@@ -273,8 +273,8 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         ndarray of shape (n,)
             The classes.
         """
-        proba = self.predict_proba(X)
-        return self.classes_[proba.argmax(axis=1)]
+        fitted, proba = self._shares(X)
+        return fitted.classes_[proba.argmax(axis=1)]
 
     def predict_proba(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Return the classes' shares of the neighbours, with distance as a tie-breaker.
@@ -289,10 +289,7 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             Votes, with less than half a vote for the distance, over their sum. p-values grow with
             the votes, so the order of the classes is that of the p-values, ties broken.
         """
-        fitted, samples = self._validate(X)
-        votes, tie_break = fitted._vote(samples)
-        scores = votes + tie_break / 2
-        return scores / scores.sum(axis=1, keepdims=True)
+        return self._shares(X)[1]
 
     def p_values(self, X: ArrayLike | torch.Tensor) -> NDArray[Any]:
         """Compute the p-value of each class.
@@ -396,20 +393,28 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         ValueError
             If the classifier was loaded: a pickle holds the features, but not the samples.
         """
-        check_is_fitted(self)
-        if self._training_data is None:
+        fitted = self._with({})  # read once
+        check_is_fitted(fitted)
+        if fitted._training_data is None:
             raise ValueError(
                 "A loaded DkNNClassifier has the features of its training samples, but not the "
                 "samples themselves: fit it again."
             )
-        samples, labels = self._training_data
+        samples, labels = fitted._training_data
         samples = samples.cpu().numpy() if isinstance(samples, torch.Tensor) else samples
-        return samples.reshape(len(samples), *self.input_shape_), self.classes_[labels]
+        return samples.reshape(len(samples), *fitted.input_shape_), fitted.classes_[labels]
 
     def __getstate__(self) -> dict[str, Any]:
         # Predictions need the features alone, and a file is smaller without the samples.
         state = super().__getstate__()
         return state | ({"_training_data": None} if "_training_data" in state else {})
+
+    def _shares(self, X: ArrayLike | torch.Tensor) -> tuple[Self, NDArray[np.float64]]:
+        """Return the estimator as it was fitted, and the classes' shares of the neighbours."""
+        fitted, samples = self._validate(X)
+        votes, tie_break = fitted._vote(samples)
+        scores = votes + tie_break / 2
+        return fitted, scores / scores.sum(axis=1, keepdims=True)
 
     def _vote(self, X: Any, self_index: NDArray[Any] | None = None) -> list[NDArray[Any]]:
         """Count the neighbours of each class, and measure how close the nearest of them is.

@@ -428,8 +428,8 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ndarray of shape (n,)
             The class with the highest score.
         """
-        best = self._scores(X).argmax(axis=1)
-        return self.classes_[best]
+        fitted, scores = self._scores(X)
+        return fitted.classes_[scores.argmax(axis=1)]
 
     def predict_proba(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         """Return the classes' shares of the plasma's votes, with affinity as a tie-breaker.
@@ -443,7 +443,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         ndarray of shape (n, n_classes), float64
             The scores of ``decision_function``, class by class, over their sum.
         """
-        return normalize_votes(self._scores(X))
+        return normalize_votes(self._scores(X)[1])
 
     def decision_function(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         """Return the number of votes for each class, with affinity as a tie-breaker.
@@ -460,7 +460,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             positive for ``classes_[1]``. With ``gate=Arbitration()``, a label of the network that
             is kept has all votes.
         """
-        scores = self._scores(X)
+        _, scores = self._scores(X)
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def kneighbors(
@@ -482,7 +482,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             a class has no more examples.
         """
         fitted, rows = self._validate(X)
-        flocks = dict(zip(self.layers_, fitted.engine_.kneighbors(rows), strict=True))
+        flocks = dict(zip(fitted.layers_, fitted.engine_.kneighbors(rows), strict=True))
         distances = {layer: -affinity for layer, (affinity, _) in flocks.items()}
         return distances, {layer: index for layer, (_, index) in flocks.items()}
 
@@ -505,7 +505,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         threat, alarms = fitted._ask_scorer(X, len(rows))
         return fitted.engine_.respond(
             rows,
-            self.classes_,
+            fitted.classes_,
             alarms=alarms,
             threat=threat,
             n_jobs=fitted.n_jobs,
@@ -597,11 +597,11 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         """
         X = read_in_order(X)  # once, for the scorer too
         fitted, rows = self._validate(X)
-        alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
+        alarms = check_alarms(fitted.threat_scorer_.predict(X), len(rows))
         scores = fitted.engine_.scores(
             rows, alarms=alarms, n_jobs=fitted.n_jobs, verbose=fitted.verbose
         )
-        return self.classes_[scores.argmax(axis=1)], alarms
+        return fitted.classes_[scores.argmax(axis=1)], alarms
 
     def training_data(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the samples that the classifier was fitted on, and their classes.
@@ -613,10 +613,11 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         y : ndarray of shape (n,)
             Their classes.
         """
-        check_is_fitted(self)
-        rows = self.engine_.layers[0].bank.cells if self._rows is None else self._rows
+        fitted = self._with({})  # read once
+        check_is_fitted(fitted)
+        rows = fitted.engine_.layers[0].bank.cells if fitted._rows is None else fitted._rows
         rows = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
-        return rows.reshape(len(rows), *self._given_shape), self.classes_[self._labels]
+        return rows.reshape(len(rows), *fitted._given_shape), fitted.classes_[fitted._labels]
 
     @property
     def neighbors_(self) -> dict[str, ClassNeighbors]:
@@ -721,14 +722,17 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
             if isinstance(scorer, ThreatScorer):
                 del scorer._outer
 
-    def _scores(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
-        if getattr(self.gate, "needs_alarms", False):
+    def _scores(self, X: ArrayLike | torch.Tensor) -> tuple[Self, NDArray[np.float64]]:
+        """Return the estimator as it was fitted, and the scores of checked samples."""
+        fitted = self._as_fitted()
+        needs_alarms = getattr(fitted.engine_.gate, "needs_alarms", False)
+        if needs_alarms:
             X = read_in_order(X)  # once, for the scorer too
-        fitted, rows = self._validate(X)
+        rows = validate_rows(fitted, X)
         alarms = None
-        if getattr(fitted.engine_.gate, "needs_alarms", False):
-            alarms = check_alarms(self.threat_scorer_.predict(X), len(rows))
-        return fitted.engine_.scores(
+        if needs_alarms:
+            alarms = check_alarms(fitted.threat_scorer_.predict(X), len(rows))
+        return fitted, fitted.engine_.scores(
             rows, alarms=alarms, n_jobs=fitted.n_jobs, verbose=fitted.verbose
         )
 

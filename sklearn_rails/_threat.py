@@ -344,7 +344,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     @property
     def labels_(self) -> NDArray[np.int64]:
         """Which of the samples that set the threshold exceed it, as 0 and 1."""
-        labels: NDArray[np.int64] = (self.decision_scores_ > self.threshold_).astype(np.int64)
+        fitted = self._with({})  # read once
+        labels: NDArray[np.int64] = (fitted.decision_scores_ > fitted.threshold_).astype(np.int64)
         return labels
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[np.object_]:
@@ -377,8 +378,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         ndarray of shape (n,), float64
             As outlier detectors have it: lower is more suspect.
         """
-        fitted, samples = self._validate(X)
-        return -fitted._threat(samples).sum(axis=1)
+        return self._suspicion(X)[1]
 
     def decision_function(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         """Compute the signed difference from the threshold.
@@ -393,7 +393,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         ndarray of shape (n,), float64
             ``score_samples(X) - offset_``: below 0 for flagged samples.
         """
-        return self.score_samples(X) - self.offset_
+        fitted, scores = self._suspicion(X)
+        return scores - fitted.offset_
 
     def predict(self, X: ArrayLike | torch.Tensor) -> NDArray[np.int64]:
         """Flag samples that are more suspect than the threshold.
@@ -409,6 +410,11 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             -1 for flagged samples, else 1.
         """
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def _suspicion(self, X: ArrayLike | torch.Tensor) -> tuple[Self, NDArray[np.float64]]:
+        """Return the estimator as it was fitted, and minus the threat."""
+        fitted, samples = self._validate(X)
+        return fitted, -fitted._threat(samples).sum(axis=1)
 
     def _prepare(self, X: Any, y: Any, rng: np.random.RandomState) -> tuple[Any, Any]:
         """Check the data and the network, and create the detectors."""

@@ -1,5 +1,6 @@
 """Networks and data that the tests share."""
 
+import collections
 import csv
 import os
 
@@ -78,7 +79,7 @@ def digit_task(digits):
 
 @pytest.fixture
 def report(record_property):
-    """Count what a test has tried: printed after the run, and written by --counts."""
+    """Count what a test has tried: added up by name, printed after the run, written by --counts."""
 
     def record(name, value):
         record_property(f"tested: {name}", value)
@@ -91,20 +92,19 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    tested = [
-        (name.removeprefix("tested: "), value)
-        for result in terminalreporter.stats.get("passed", [])
-        for name, value in result.user_properties
-        if name.startswith("tested: ")
-    ]
+    tested = collections.Counter()
+    for result in terminalreporter.stats.get("passed", []):
+        for name, value in result.user_properties:
+            if name.startswith("tested: "):
+                tested[name.removeprefix("tested: ")] += value
     if not tested:
         return
     terminalreporter.section("What was tested")
-    for name, value in sorted(tested):
+    for name, value in sorted(tested.items()):
         terminalreporter.line(f"{name}: {value:,}")
     if config.option.counts:
         with open(config.option.counts, "w", newline="") as file:
-            csv.writer(file).writerows([("what", "count"), *sorted(tested)])
+            csv.writer(file).writerows([("what", "count"), *sorted(tested.items())])
 
 
 def pytest_collection_modifyitems(config, items):
