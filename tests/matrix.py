@@ -57,6 +57,7 @@ TESTS = [
     "tests/features",
     "tests/immune",
     "tests/neighbors",
+    "tests/reference",
     "tests/sensing",
 ]
 
