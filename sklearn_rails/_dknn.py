@@ -350,7 +350,8 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
 
         Parameters
         ----------
-        %(X)s
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
 
         Returns
         -------

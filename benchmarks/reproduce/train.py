@@ -110,6 +110,18 @@ class AdversariallyTrained(NeuralNetClassifier):
         return super().train_step_single((attacked, y), **fit_params)
 
 
+class NoiseTrained(NeuralNetClassifier):
+    """Trains on images with Gaussian noise (Lecuyer et al. 2019)."""
+
+    def __init__(self, *args, sigma, **kwargs):
+        self.sigma = sigma
+        super().__init__(*args, **kwargs)
+
+    def train_step_single(self, batch, **fit_params):
+        X, y = batch
+        return super().train_step_single((X + self.sigma * torch.randn_like(X), y), **fit_params)
+
+
 class KeepEpochs(Callback):
     """Keeps what it takes to go on after the last whole epoch."""
 
@@ -161,10 +173,13 @@ RECIPES = {
     "mnist_adversarial": Recipe(
         MNIST_CNN, 50_000, 2, 2e-3, AdversariallyTrained, ADVERSARIAL_MNIST
     ),
+    "mnist_noise": Recipe(MNIST_CNN, 50_000, 1, 2e-3, NoiseTrained, {"sigma": 0.5}),
     "svhn": Recipe(ResNet9, 5_000, 12, 5e-3),
     "svhn_adversarial": Recipe(ResNet9, 5_000, 8, 5e-3, AdversariallyTrained, ADVERSARIAL_COLOUR),
     "cifar10": Recipe(ResNet9, 45_000, 5, 5e-3, Augmented),
     "cifar10_vgg": Recipe(VGG16, 45_000, 3, 2e-3, AugmentedHalf),
+    # To saturation: no mirrored or moved images, no weight decay, many epochs.
+    "cifar10_saturated": Recipe(ResNet9, 45_000, 20, 5e-3, options={"optimizer__weight_decay": 0}),
     "cifar10_adversarial": Recipe(
         ResNet9, 45_000, 2, 5e-3, AdversariallyTrained, ADVERSARIAL_COLOUR
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from .._base import NETWORK_CONSTRAINTS
 from .._blocks import halve_until_it_fits
-from .._compat import Interval, validate_parameter_constraints
+from .._compat import Interval, StrOptions, validate_parameter_constraints
 from .._extractor import TorchFeatureExtractor
 from .._validation import check_samples
 from ..features import FeatureMap
@@ -27,6 +28,7 @@ CONSTRAINTS = {
     "step": [None, Interval(Real, 0, None, closed="neither")],
     "max_iter": [Interval(Integral, 1, None, closed="left")],
     "clip": [None, "array-like"],
+    "loss": [StrOptions({"cross_entropy", "margin"})],
     "random_start": ["boolean"],
     "random_state": ["random_state"],
     **{name: NETWORK_CONSTRAINTS[name] for name in ("input_shape", "device", "batch_size")},
@@ -42,6 +44,7 @@ def pgd(
     step: float | None = None,
     max_iter: int = 20,
     clip: tuple[float, float] | None = (0, 1),
+    loss: Literal["cross_entropy", "margin"] = "cross_entropy",
     random_start: bool = False,
     input_shape: tuple[int, ...] | None = None,
     device: str | torch.device = "auto",
@@ -50,8 +53,8 @@ def pgd(
 ) -> Any:
     """Attack a network by projected gradient descent in an L-infinity ball around each sample.
 
-    Each step moves a sample by ``step`` along the sign of the gradient of the cross-entropy, and
-    then back into the ball and into ``clip`` [1]_. All steps are made, and the last point is
+    Each step moves a sample by ``step`` along the sign of the gradient of the loss, and then back
+    into the ball and into ``clip`` [1]_. All steps are made, and the last point is
     returned, whether or not the network misclassifies it.
 
     Parameters
@@ -73,6 +76,14 @@ def pgd(
     clip : pair of float or None, default=(0, 1)
         Bounds of the attacked samples, besides the ball; all samples must be within them. None
         sets no bounds.
+    loss : {"cross_entropy", "margin"}, default="cross_entropy"
+        What the attack increases.
+
+        - ``"cross_entropy"``: as in the paper. Its gradient is zero, and the sample does not move,
+          where a network is so sure that the softmax is rounded to 1; a warning counts such
+          samples. The network then looks more robust than it is.
+        - ``"margin"``: the largest logit of another class minus that of the class [2]_. Choose it
+          for networks that are so sure.
     random_start : bool, default=False
         Start from a random point of the ball instead of the sample itself.
     input_shape : tuple of int, default=None
@@ -115,6 +126,8 @@ def pgd(
     ----------
     .. [1] A. Madry, A. Makelov, L. Schmidt, D. Tsipras, A. Vladu, "Towards Deep Learning Models
        Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083.
+    .. [2] N. Carlini, D. Wagner, "Towards Evaluating the Robustness of Neural Networks", IEEE
+       Symposium on Security and Privacy 2017, arXiv:1608.04644, Section V, f6.
 
     Examples
     --------
@@ -164,11 +177,13 @@ def pgd(
             noise = check_random_state(random_state).uniform(-eps, eps, size=tuple(samples.shape))
             attacked = (samples + torch.from_numpy(noise).to(samples)).clamp(low, high)
         step = 2.5 * float(eps) / max_iter if step is None else float(step)
+        has_slope = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
 
         def attack(block: slice) -> None:
             points = attacked[block]
             for _ in range(max_iter):
-                gradient = _loss_gradient(feature_map, points, labels[block])
+                gradient = _loss_gradient(feature_map, points, labels[block], loss)
+                has_slope[block] |= gradient.flatten(1).any(dim=1)
                 points = (points + step * gradient.sign()).clamp(low[block], high[block])
             attacked[block] = points
 
@@ -176,6 +191,15 @@ def pgd(
             halve_until_it_fits(
                 attack, slice(start, min(start + feature_map.batch_size, len(samples)))
             )
+    if not has_slope.all():
+        n_stuck = int((~has_slope).sum())
+        advice = "; loss='margin' may move them" if loss == "cross_entropy" else ""
+        warnings.warn(
+            f"The gradient of loss={loss!r} is 0 for {n_stuck} of {len(samples)} samples, which "
+            f"are not attacked{advice}.",
+            UserWarning,
+            stacklevel=2,
+        )
     attacked = attacked.reshape(len(attacked), *shape)
     return attacked.to(X.device) if isinstance(X, Tensor) else attacked.cpu().numpy()
 
@@ -194,10 +218,16 @@ def _check_classes(y: Any, samples: Tensor, feature_map: FeatureMap) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64)).to(samples.device)
 
 
-def _loss_gradient(feature_map: FeatureMap, points: Tensor, labels: Tensor) -> Tensor:
+def _loss_gradient(feature_map: FeatureMap, points: Tensor, labels: Tensor, name: str) -> Tensor:
     points = points.detach().requires_grad_()
     logits = feature_map.with_gradient(points, (feature_map.output,))[feature_map.output]
-    if logits.shape[1] == 1:
+    if name == "margin":
+        if logits.shape[1] == 1:
+            logits = torch.cat([-logits, logits], dim=1)
+        own = logits.gather(1, labels[:, None])
+        others = logits.scatter(1, labels[:, None], -torch.inf)
+        loss = (others.amax(dim=1) - own[:, 0]).sum()
+    elif logits.shape[1] == 1:
         loss = binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits), reduction="sum")
     else:
         loss = cross_entropy(logits, labels, reduction="sum")

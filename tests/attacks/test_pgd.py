@@ -111,6 +111,41 @@ def test_a_single_logit_is_that_of_the_second_of_two_classes():
     np.testing.assert_allclose(attacked, [[0.6, 0.6], [0.4, 0.4]], atol=1e-6)
 
 
+class Surer(nn.Module):
+    """A network whose logits are 1,000 times as large."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return 1000 * self.network(x)
+
+
+def test_the_margin_moves_samples_of_which_the_network_is_too_sure_for_the_cross_entropy(task):
+    network, X, y = task
+    sure = Surer(network.module_)
+    with pytest.warns(
+        UserWarning, match=r"is 0 for \d+ of 50 samples.*loss='margin' may move them"
+    ):
+        attacked = pgd(sure, X, y, eps=0.2)
+    is_correct = network.predict(X) == y
+    moved = (attacked != X).any(axis=(1, 2, 3))
+    assert 0 < moved.sum() < 25
+    assert (network.predict(attacked) == y)[is_correct & ~moved].all()
+    by_margin = pgd(sure, X, y, eps=0.2, loss="margin")
+    assert network.score(by_margin, y) < 0.1
+    assert_array_equal(by_margin, pgd(network, X, y, eps=0.2, loss="margin"))
+
+
+def test_the_margin_of_a_single_logit_is_its_sign():
+    network = nn.Linear(2, 1, bias=False)
+    network.weight.data[:] = torch.tensor([[1.0, -1000.0]])
+    X = np.full((2, 2), 0.5)
+    attacked = pgd(network, X, [0, 1], eps=0.1, loss="margin")
+    np.testing.assert_allclose(attacked, [[0.6, 0.4], [0.4, 0.6]], rtol=1e-6)
+
+
 def test_random_starts_follow_the_seed(task):
     network, X, y = task
     setting = {"eps": 0.1, "step": 1e-3, "max_iter": 1, "random_start": True}
