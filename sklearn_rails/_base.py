@@ -25,7 +25,7 @@ from ._validation import (
     validate_flat,
 )
 from ._version import __version__
-from .features.device import DTYPES
+from .features.device import DTYPES, explain_out_of_memory
 from .features.frozen import as_module, freeze, is_network
 from .features.layer_choice import ScoreLayers, choose_layer
 from .features.mapping import FeatureMap
@@ -268,7 +268,8 @@ def restore_on_error(method: Callable[P, T]) -> Callable[P, T]:
         rng = check_random_state(given) if draws else None
         state = None if rng is None else rng.get_state(legacy=False)
         try:
-            method(work, *args, **kwargs)
+            with explain_out_of_memory(fit_advice(self)):
+                method(work, *args, **kwargs)
             if method.__name__ == "fit":
                 used = set(names) - set(FIT_PARAMETERS) - set(EXECUTION_PARAMETERS)
                 work._fitted_params = {name: params[name] for name in used}
@@ -284,6 +285,16 @@ def restore_on_error(method: Callable[P, T]) -> Callable[P, T]:
         return self
 
     return wrapped  # type: ignore[return-value]
+
+
+def fit_advice(estimator: Any) -> str:
+    """Return what the error says if an estimator's training samples do not fit into memory."""
+    advice = f"Memory is too small to fit this {type(estimator).__name__}. Give fewer samples"
+    if hasattr(estimator, "algorithm"):
+        advice += (
+            ", or keep their features in algorithm=ExactNeighbors(storage='float16') or in a folder"
+        )
+    return f"{advice}."
 
 
 def as_fitted(estimator: Any, *, consequence: str | None = None) -> Any:
@@ -334,6 +345,11 @@ def validate_rows(estimator: Any, X: Any) -> Any:
     TypeError, ValueError
         If X has another shape than the training samples, or holds NaN or infinity.
     """
+    with explain_out_of_memory("Memory is too small for X: pass fewer samples at a time."):
+        return _validate_rows(estimator, X)
+
+
+def _validate_rows(estimator: Any, X: Any) -> Any:
     flat, shape = flatten(X)
     expected = estimator.input_shape_
     hint = shape_hint(flat, shape, expected)

@@ -11,11 +11,18 @@ from numpy.typing import NDArray
 from sklearn import get_config
 from tqdm.auto import tqdm
 
-from .features.device import is_out_of_memory
+from .features.device import explain_out_of_memory, is_out_of_memory
 
 # Arrays of a block's features that are held at a time, the copies that a neighbour search makes
 # and the gaps between freed ones included.
 BLOCKS_HELD = 8
+
+# What the errors for a sample, and for the answers of all, that do not fit into memory say.
+SAMPLE_ADVICE = (
+    "Memory is too small for a single sample. Free memory, or use device='cpu', fewer layers or "
+    "fewer training samples."
+)
+ANSWERS_ADVICE = "Memory is too small for the answers of all samples: pass fewer of X at a time."
 
 # Maximum number of samples in a block: more of them gain nothing.
 MAX_BLOCK = 1024
@@ -63,6 +70,27 @@ def block_slices(
     return [slice(i, min(i + size, n_samples)) for i in range(0, n_samples, size)]
 
 
+def for_blocks(
+    act: Callable[[slice], object], n_samples: int, row_bytes: int, device: torch.device
+) -> None:
+    """Do something with all samples, block by block.
+
+    Parameters
+    ----------
+    act : callable
+        Takes a slice of the samples. Where memory runs out it is called again, with the halves.
+    n_samples, row_bytes, device
+        As :func:`block_slices` takes them.
+
+    Raises
+    ------
+    MemoryError
+        If a single sample does not fit into memory.
+    """
+    for block in block_slices(n_samples, row_bytes, device):
+        halve_until_it_fits(act, block)
+
+
 def map_blocks(
     compute: Callable[[slice], Sequence[NDArray[Any]]],
     n_samples: int,
@@ -106,7 +134,12 @@ def map_blocks(
         for part, arrays in halve_until_it_fits(compute, block):
             with lock:
                 if not whole:
-                    whole.extend(np.empty((n_samples, *a.shape[1:]), a.dtype) for a in arrays)
+                    shapes = [((n_samples, *a.shape[1:]), a.dtype) for a in arrays]
+                    try:
+                        whole.extend([np.empty(*shape) for shape in shapes])
+                    except MemoryError:
+                        with explain_out_of_memory(ANSWERS_ADVICE):
+                            raise
             for array, values in zip(whole, arrays, strict=True):
                 array[part] = values
 
@@ -119,7 +152,7 @@ def map_blocks(
 
 
 def halve_until_it_fits(
-    compute: Callable[[slice], Any], block: slice, *, advice: str = ""
+    compute: Callable[[slice], Any], block: slice, *, advice: str = SAMPLE_ADVICE
 ) -> list[tuple[slice, Any]]:
     """Compute a block, or where memory runs out its halves, and so on.
 
@@ -128,8 +161,8 @@ def halve_until_it_fits(
     compute : callable
         Takes a slice of the samples.
     block : slice
-    advice : str, default=""
-        What the error for a single sample says after its first sentence.
+    advice : str
+        What the error for a single sample says.
 
     Returns
     -------
@@ -140,14 +173,16 @@ def halve_until_it_fits(
     MemoryError
         If a single sample does not fit.
     """
+    n_samples = block.stop - block.start
     try:
         return [(block, compute(block))]
     except (RuntimeError, MemoryError) as error:
-        n_samples = block.stop - block.start
-        if not is_out_of_memory(error) or (n_samples == 1 and not advice):
+        if not is_out_of_memory(error):
             raise
         if n_samples == 1:
-            raise MemoryError(f"{advice} ({error})") from error
+            with explain_out_of_memory(advice):
+                raise
+    # Not while the error holds on to what did not fit.
     middle = block.start + n_samples // 2
     halves = slice(block.start, middle), slice(middle, block.stop)
     return [part for half in halves for part in halve_until_it_fits(compute, half, advice=advice)]

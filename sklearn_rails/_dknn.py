@@ -21,7 +21,7 @@ from ._base import (
     restore_on_error,
     validate_rows,
 )
-from ._blocks import block_slices, map_blocks
+from ._blocks import for_blocks, map_blocks
 from ._compat import Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
 from ._documentation import document
@@ -250,9 +250,12 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
             layer: ClassNeighbors("euclidean", self.algorithm, self.n_jobs).start(one_class, 1)
             for layer in self.layers_
         }
-        for block in block_slices(len(train), self._features.row_bytes, self._features.device):
+
+        def add(block: slice) -> None:
             for layer, features in self._features(samples[train[block]]).items():
                 self._neighbors[layer].add(block, features)
+
+        for_blocks(add, len(train), self._features.row_bytes, self._features.device)
         for neighbors in self._neighbors.values():
             neighbors.build()
         nonconformity = self._nonconformities(X_calibration, self_index)

@@ -16,8 +16,10 @@ from ._base import (
     restore_on_error,
     validate_rows,
 )
+from ._blocks import ANSWERS_ADVICE
 from ._compat import fit_context
 from ._documentation import document
+from .features.device import explain_out_of_memory
 
 
 @document
@@ -132,7 +134,8 @@ class TorchFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, N
             return type(self)(**self.get_params(deep=False)).fit(X).transform(X)
         fitted = as_fitted(self)
         rows = validate_rows(fitted, X)
-        features = torch.cat(list(fitted.feature_map_(rows).values()), dim=1)
+        with explain_out_of_memory(ANSWERS_ADVICE):
+            features = torch.cat(list(fitted.feature_map_(rows).values()), dim=1)
         return features if isinstance(X, torch.Tensor) else features.cpu().numpy()
 
     def __sklearn_tags__(self) -> Any:

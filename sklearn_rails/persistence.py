@@ -26,6 +26,7 @@ from ._encoding import ESTIMATORS, Decoder, Encoder
 from ._version import __version__
 from .features import FeatureMap, FrozenModule
 from .features.contents import checksum
+from .features.device import reraise_out_of_memory
 from .features.follow import FollowedNetwork
 from .features.frozen import as_module
 
@@ -192,9 +193,10 @@ def load(
                 raise TypeError(f"it holds a {type(estimator).__name__}")
             if mmap_mode is None:
                 _try_out(estimator, decoder.decoded.values())
-        except (MemoryError, OSError):
+        except OSError:
             raise
         except Exception as error:
+            reraise_out_of_memory(error)
             raise reader.fail(f"{type(error).__name__}: {error}") from error
     for followed in decoder.decoded.values():
         if isinstance(followed, FollowedNetwork) and followed.module in changed:

@@ -7,10 +7,16 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from .device import is_out_of_memory
+from .device import explain_out_of_memory, is_out_of_memory
 from .truncation import TruncatedNetwork
 
 Result = TypeVar("Result")
+
+# What the error for a network that does not fit into memory says.
+PASS_ADVICE = (
+    "Memory is too small for a single sample to pass through the network. Free memory, use "
+    "device='cpu', a smaller batch_size, or an earlier layer."
+)
 
 
 class PopulationAffinity(Protocol):
@@ -95,32 +101,15 @@ def halve_until_it_fits(
     MemoryError
         If the smallest batch does not fit.
     """
-    while True:
+    while not (layout.exact or layout.batch_size <= smallest):
         try:
             return run(layout), layout
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if layout.exact or layout.batch_size <= smallest:
-                raise explain_out_of_memory(error) from error
-            layout = replace(layout, batch_size=max(smallest, layout.batch_size // 2))
-
-
-def explain_out_of_memory(error: BaseException) -> MemoryError:
-    """Return an error which explains that memory is too small for the network.
-
-    Parameters
-    ----------
-    error : BaseException
-
-    Returns
-    -------
-    MemoryError
-    """
-    return MemoryError(
-        "Memory is too small for a single sample to pass through the network: "
-        f"{error} Free memory, use device='cpu', a smaller batch_size, or an earlier layer."
-    )
+        layout = replace(layout, batch_size=max(smallest, layout.batch_size // 2))
+    with explain_out_of_memory(PASS_ADVICE):
+        return run(layout), layout
 
 
 def iterate_batches(x: torch.Tensor, layout: BatchLayout) -> Iterator[tuple[slice, torch.Tensor]]:

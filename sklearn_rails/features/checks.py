@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .device import reraise_out_of_memory
 from .hooks import remove_watchers
 from .outputs import LayerError
 from .truncation import INPUT, NetworkTraits, TruncatedNetwork
@@ -233,6 +234,7 @@ def _check_start(
             found = network(expected[start], layers, start)
             break
         except Exception as error:  # the shapes of a path around start_layer do not fit
+            reraise_out_of_memory(error)
             if n_blanks is None:
                 raise LayerError(reason + f"it stops with: {error}") from error
     for name in layers:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .contents import CONTAINERS, plain_module, wrapped_module
+from .device import reraise_out_of_memory
 
 
 def check_ready(module: nn.Module, parameter: str) -> None:
@@ -99,6 +100,7 @@ def private_copy(
                 memo[id(layer)] = copy.deepcopy(plain_module(layer), memo)
         twin = _copy_around(module, memo)
     except Exception as error:
+        reraise_out_of_memory(error)
         raise TypeError(
             f"{parameter} cannot be copied, and fit works on a copy so that the network stays as "
             f"it is: {type(error).__name__}: {error}"
@@ -186,11 +188,13 @@ def _copy_around(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a network, and share the objects in it that cannot be copied."""
     try:
         return copy.deepcopy(module, dict(memo))
-    except Exception:
+    except Exception as error:
+        reraise_out_of_memory(error)
         for value in reachable(module):
             if not isinstance(value, torch.Tensor | nn.Module):
                 try:
                     copy.deepcopy(value, dict(memo))
-                except Exception:
+                except Exception as refusal:
+                    reraise_out_of_memory(refusal)
                     memo[id(value)] = value
         return copy.deepcopy(module, memo)

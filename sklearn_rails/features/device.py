@@ -114,8 +114,47 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, DeviceOutOfMemoryError | MemoryError):
         return True
     # On the CPU and on MPS torch raises a plain RuntimeError.
-    reports = "DefaultCPUAllocator", "not enough memory", "out of memory", "Storage size"
+    reports = (
+        "DefaultCPUAllocator",
+        "not enough memory",
+        "out of memory",
+        "Storage size",
+        "bad_alloc",
+    )
     return isinstance(error, RuntimeError) and any(report in str(error) for report in reports)
+
+
+@contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn errors that report that memory ran out into a MemoryError that says what to do.
+
+    Parameters
+    ----------
+    advice : str
+        One or more sentences.
+
+    Raises
+    ------
+    MemoryError
+        With the error as its cause; one that has a cause is explained already, and stays.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or error.__cause__ is not None:
+            raise
+        raise MemoryError(f"{advice} ({error})") from error
+
+
+def reraise_out_of_memory(error: BaseException) -> None:
+    """Raise an error again if it reports that memory ran out, before it is taken for another.
+
+    Parameters
+    ----------
+    error : BaseException
+    """
+    if is_out_of_memory(error):
+        raise error
 
 
 def random_state_of(device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .checks import check_layers
 from .contents import checksum
-from .device import DTYPES, isolated_pass, keep_freed_memory
+from .device import DTYPES, isolated_pass, keep_freed_memory, reraise_out_of_memory
 from .frozen import freeze
 from .probe import ProbeResult, flat_features
 from .truncation import NetworkTraits, TruncatedNetwork
@@ -194,6 +194,7 @@ class FollowedNetwork:
             features = self._probe_again()
             self._traits = self.network.traits
         except Exception as error:
+            reraise_out_of_memory(error)
             raise ValueError(
                 f"The network given as {self._parameter} has changed since fit, and cannot be used "
                 f"any more. Call fit again. {type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .contents import checksum, plain_module
+from .device import reraise_out_of_memory
 
 # Checksums of a network and its layers' train/eval flags.
 BlobKey = tuple[tuple[str, str], list[bool]]
@@ -84,6 +85,7 @@ def _to_blob(module: nn.Module) -> NDArray[np.uint8]:
         try:
             torch.save(plain_module(module), buffer, pickle_module=_NETWORK_PICKLE)
         except Exception as error:
+            reraise_out_of_memory(error)
             raise TypeError(
                 f"The network {type(module).__name__} cannot be pickled: {error}. Remove the "
                 "attribute that cannot be pickled (a lock, an open file, a generator), or define a "

@@ -19,6 +19,7 @@ from .device import (
     AUTOCAST_DEVICES,
     DTYPES,
     isolated_pass,
+    reraise_out_of_memory,
     resolve_device,
     to_tensor,
 )
@@ -507,9 +508,10 @@ class FeatureMap:
             with torch.no_grad(), self._isolated_pass():
                 layout, smallest = self._layouts.of_samples, self._layouts.smallest
                 features = run_samples(self._followed.network, x, layers, start, layout, smallest)
-        except (MemoryError, LayerError):
+        except LayerError:
             raise
         except Exception as error:  # such as token ids beyond an embedding
+            reraise_out_of_memory(error)
             raise ValueError(
                 f"The network given as {self._parameter} fails on some samples of X: "
                 f"{type(error).__name__}: {error}"

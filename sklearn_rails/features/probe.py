@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from numpy.typing import NDArray
 
-from .batching import explain_out_of_memory
+from .batching import PASS_ADVICE
 from .checks import batch_tolerance, check_layers
 from .device import (
-    is_out_of_memory,
+    explain_out_of_memory,
     isolated_pass,
     random_state_of,
+    reraise_out_of_memory,
     same_random_state,
     set_random_state,
     to_tensor,
@@ -111,9 +112,10 @@ class Probe:
             try:
                 return self._try_samples(self._choose_samples(X, integer_input), integer_input)
             except Exception as error:
+                reraise_out_of_memory(error)
                 errors.append(error)
         for known in errors:
-            if isinstance(known, LayerError | MemoryError):
+            if isinstance(known, LayerError):
                 raise known
         raise ValueError(self._explain(errors)) from errors[0]
 
@@ -140,12 +142,8 @@ class Probe:
         device = self._network.device
         state = random_state_of(device)
         try:
-            with torch.no_grad(), isolated_pass(device):
+            with explain_out_of_memory(PASS_ADVICE), torch.no_grad(), isolated_pass(device):
                 return self._check_samples(x, integer_input, state)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise explain_out_of_memory(error) from error
-            raise
         finally:
             set_random_state(state, device)
 
@@ -155,7 +153,8 @@ class Probe:
         is_exact, smallest_batch, seconds = False, 1, (0.0, 0.0)
         try:
             outputs = self._check(x)
-        except Exception:
+        except Exception as error:
+            reraise_out_of_memory(error)
             if self._batch_size == "auto" or self._batch_size == len(x):
                 raise
             # The network may take batches of one size only.
@@ -204,7 +203,8 @@ class Probe:
         try:
             measure(x[:1])  # the first pass of a shape may take several times as long
             alone, seconds = measure(x[:1])
-        except Exception:  # a squeeze() drops the axis of the samples
+        except Exception as error:  # a squeeze() drops the axis of the samples
+            reraise_out_of_memory(error)
             return False, (0.0, 0.0)
         _, both = measure(x)
         is_same = all(

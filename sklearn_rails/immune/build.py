@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .._blocks import block_slices
+from .._blocks import for_blocks
 from .._conformal import sample_rows
 from ..features import FeatureMap
 from ..neighbors import ClassNeighbors, resolve_affinity
@@ -104,11 +104,14 @@ def build_engine(
         for layer in () if old is None else old.layers:
             found[layer.name].add_index(layer.neighbors)
         bar.update(n_old)
-        for block in block_slices(len(y) - n_old, features.row_bytes, features.device):
+
+        def add(block: slice) -> None:
             rows = slice(n_old + block.start, n_old + block.stop)
             for name, values in features(X[rows]).items():
                 found[name].add(rows, values)
             bar.update(rows.stop - rows.start)
+
+        for_blocks(add, len(y) - n_old, features.row_bytes, features.device)
     bank = CellBank(cells)
     for neighbors in found.values():
         bank = bank.shared_with(neighbors.build())

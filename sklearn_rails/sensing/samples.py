@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from .._blocks import block_slices
+from .._blocks import for_blocks
 from .._conformal import sample_rows
 from ..features.mapping import FeatureMap
 from ..neighbors.index import ClassNeighbors
@@ -203,11 +203,14 @@ class CleanSamples(IndexedSamples):
         self.n_neighbors = n_neighbors
         self.feature_map = feature_map
         missing = {layer: n for layer, n in self.neighbors.items() if layer not in known}
+
+        def add(block: slice) -> None:
+            features = feature_map(X[block])
+            for layer, neighbors in missing.items():
+                neighbors.add(block, features[layer])
+
         if missing:
-            for block in block_slices(len(X), feature_map.row_bytes, feature_map.device):
-                features = feature_map(X[block])
-                for layer, neighbors in missing.items():
-                    neighbors.add(block, features[layer])
+            for_blocks(add, len(X), feature_map.row_bytes, feature_map.device)
         for neighbors in missing.values():
             neighbors.build()
 
