@@ -77,6 +77,7 @@ def write_tables(results, target):
         "serving": serving_table(files["serving"]),
         "alternatives": alternatives_table(files["alternatives"]),
         "distributed": distributed_table(files["distributed"]),
+        "certified": certified_table(files["certify"]),
     }
     (target / "small").mkdir(exist_ok=True)
     for name, rows in tables.items():
@@ -270,6 +271,18 @@ def distributed_table(rows):
         where = f"{row['workers']} worker(s)" if int(row["workers"]) else "this process alone"
         times = (f"{float(t):.0f} s" if t else "" for t in (row["seconds"], row["model_seconds"]))
         table.append([where, f"{int(row['samples']):,}", *times])
+    return table
+
+
+def certified_table(rows):
+    """Return the share of images that are certainly classified correctly within a radius."""
+    radii = ("0", "0.12", "0.25", "0.5", "0.75", "1")
+    table = [["", "images", *(f"radius {radius}" for radius in radii)]]
+    for row in rows:
+        noise = f", σ = {row['sigma']}" if row["sigma"] else ""
+        name = f"{row['data'].split(' (')[0]}: {row['classifier']}{noise}"
+        shares = (percent(row[f"radius {radius}"]) for radius in radii)
+        table.append([name, f"{int(row['test rows']):,}", *shares])
     return table
 
 
