@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -157,10 +158,7 @@ class ArchiveReader:
 
     def __init__(self, file: IO[bytes], path: Path, *, maps: bool) -> None:
         self._file, self._path, self._maps = file, path, maps
-        try:
-            self._members = self._list_members()
-        except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
-            raise self.fail(error) from error
+        self._members = self._list_members()
         self.manifest = self._read_manifest()
         self._arrays: dict[int, NDArray[Any]] = {}
 
@@ -172,26 +170,36 @@ class ArchiveReader:
         """Return where the bytes of each member begin, and how many there are."""
         size = os.fstat(self._file.fileno()).st_size
         members: dict[str, tuple[int, int]] = {}
-        with zipfile.ZipFile(self._file) as archive:
-            self._digest = archive.comment
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                    raise self.fail(f"{info.filename!r} is compressed")
-                if info.filename in members or info.flag_bits & 1:
-                    raise self.fail(f"{info.filename!r} is there twice, or encrypted")
-                # The header in front of a member has lengths of its own.
-                self._file.seek(info.header_offset)
-                header = self._file.read(HEADER_BYTES)
-                if len(header) < HEADER_BYTES or header[:4] != b"PK\3\4":
-                    raise self.fail(f"{info.filename!r} has no header")
-                begin = info.header_offset + HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
-                members[info.filename] = begin, info.file_size
+        for info in self._read_directory():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise self.fail(f"{info.filename!r} is compressed")
+            if info.filename in members or info.flag_bits & 1:
+                raise self.fail(f"{info.filename!r} is there twice, or encrypted")
+            # The header in front of a member has lengths of its own.
+            self._file.seek(min(max(0, info.header_offset), size))
+            header = self._file.read(HEADER_BYTES)
+            if info.header_offset < 0 or len(header) < HEADER_BYTES or header[:4] != b"PK\3\4":
+                raise self.fail(f"{info.filename!r} has no header")
+            begin = info.header_offset + HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
+            members[info.filename] = begin, info.file_size
         end = 0
         for name, (begin, length) in sorted(members.items(), key=lambda item: item[1]):
             if begin < end or begin + length > size:
                 raise self.fail(f"{name!r} lies outside the file, or over another part of it")
             end = begin + length
         return members
+
+    def _read_directory(self) -> list[zipfile.ZipInfo]:
+        try:
+            with zipfile.ZipFile(self._file) as archive:
+                self._digest = archive.comment
+                return archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+            raise self.fail(error) from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # that of a place before the file
+                raise
+            raise self.fail(error) from error
 
     def _read_manifest(self) -> dict[str, Any]:
         begin, size = self._members.pop(MANIFEST, (0, 0))
@@ -201,7 +209,7 @@ class ArchiveReader:
         if hashlib.sha256(content).hexdigest().encode() != self._digest:
             raise self.fail(f"{MANIFEST} does not agree with its checksum")
         try:
-            manifest = json.loads(content)
+            manifest = json.loads(content.decode())
         except (ValueError, RecursionError) as error:
             raise self.fail(f"{MANIFEST} is not JSON: {error}") from error
         if not isinstance(manifest, dict):
@@ -223,9 +231,12 @@ class ArchiveReader:
             if not isinstance(listed, list):
                 raise self.fail(f"{MANIFEST} lists no {kind}")
             for said in listed:
-                if not isinstance(said, dict):
+                name, size = (
+                    (said.get("name"), said.get("bytes")) if isinstance(said, dict) else (0, 0)
+                )
+                if type(name) is not str or type(size) is not int:
                     raise self.fail(f"{MANIFEST} does not describe its {kind}")
-                expected[said.get("name")] = said.get("bytes")
+                expected[name] = size
         found = {name: size for name, (_, size) in self._members.items()}
         if expected != found:
             wrong = sorted(map(str, set(expected.items()) ^ set(found.items())))[:3]

@@ -277,6 +277,10 @@ DAMAGED = {
     "labels in a column": (lambda: npz(y_test=np.arange(4)[:, None]), r"labels .* shape .4, 1."),
     "one label": (lambda: npz(y_test=np.array(3)), r"test labels .* shape \(\)"),
     "fewer labels": (lambda: npz(y_train=np.arange(5)), "train images .* for 5 labels"),
+    "a bomb of labels": (
+        lambda: npz(compressed=True, y_train=np.zeros(10**6, "u1")),
+        "has 1,000,000 train labels, more than any benchmark",
+    ),
 }
 
 
@@ -290,8 +294,8 @@ def test_damaged_and_other_files_are_refused_by_name(tmp_path, offline, kind):
 
 def test_an_array_larger_than_any_benchmark_is_not_decompressed(tmp_path, offline, monkeypatch):
     (tmp_path / "mnist.npz").write_bytes(npz(compressed=True))
-    monkeypatch.setattr(_images, "MAX_ARRAY_BYTES", 1000)
-    with pytest.raises(ValueError, match="x_train cannot be read: it has more than 1,000 bytes"):
+    monkeypatch.setattr(_images, "MAX_ARRAY_BYTES", 9500)
+    with pytest.raises(ValueError, match="x_train cannot be read: it has more than 9,500 bytes"):
         fetch_image_benchmark("mnist", tmp_path)
 
 

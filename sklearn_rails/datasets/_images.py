@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
 from dataclasses import dataclass
@@ -72,8 +73,9 @@ FORMAT = (
 # Constraint of the share or number of images in a set.
 SIZE = [Interval(RealNotInt, 0, 1, closed="neither"), Interval(Integral, 1, None, closed="left")]
 
-# The largest array of the benchmarks, SVHN's training images, has 225 MB.
-MAX_ARRAY_BYTES = 2**30
+# The largest array of the benchmarks, SVHN's training images, has 225 MB. Compressed,
+# it may be a thousand times smaller.
+MAX_ARRAY_BYTES = 2**28
 
 
 def load_digit_images(
@@ -241,7 +243,7 @@ def fetch_image_benchmark(name: str, data_home: str | os.PathLike[str] | None = 
     (n, height, width, 3), with ``y_train`` and ``y_test``; or the JPEG files one after another in
     ``train_bytes`` and ``test_bytes``, of which image i is ``bytes[offsets[i]:offsets[i + 1]]``
     with ``train_offsets`` and ``test_offsets``. Files are checked as data of unknown origin: no
-    pickled object is loaded, and only JPEG is decoded.
+    pickled object is loaded, only JPEG is decoded, and arrays of more than 256 MiB are refused.
 
     The data are by LeCun, Cortes and Burges (MNIST), Netzer et al. 2011 (SVHN, cropped digits,
     for non-commercial use only), and Krizhevsky 2009 (CIFAR-10).
@@ -312,6 +314,8 @@ def _read_part(
     y = _read_array(archive, f"y_{part}")
     if y.dtype.kind not in "iu" or y.ndim != 1 or len(y) == 0 or y.min() < 0 or y.max() > 9:
         raise _BadFile(f"has {part} labels that are not integers from 0 to 9: {_describe(y)}.")
+    if len(y) * math.prod(image_shape) > MAX_ARRAY_BYTES:
+        raise _BadFile(f"has {len(y):,} {part} labels, more than any benchmark.")
     if f"{part}_bytes.npy" in archive.namelist():
         data = _read_array(archive, f"{part}_bytes")
         offsets = _check_offsets(_read_array(archive, f"{part}_offsets"), data, len(y), part)
@@ -406,7 +410,7 @@ def _scale_images(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Convert uint8 images, with channels last or none, to float32 with channels first."""
     if images.ndim == 3:
         images = images[..., None]
-    return np.divide(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), 255, dtype=np.float32)
+    return np.divide(images.transpose(0, 3, 1, 2), 255, dtype=np.float32, order="C")
 
 
 def _fetch(benchmark: _Benchmark, folder: Path) -> Bunch:
