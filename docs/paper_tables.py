@@ -279,7 +279,7 @@ def certified_table(rows):
     radii = ("0", "0.12", "0.25", "0.5", "0.75", "1")
     table = [["", "images", *(f"radius {radius}" for radius in radii)]]
     for row in rows:
-        noise = f", σ = {row['sigma']}" if row["sigma"] else ""
+        noise = f", sigma {row['sigma']}" if row["sigma"] else ""
         name = f"{row['data'].split(' (')[0]}: {row['classifier']}{noise}"
         shares = (percent(row[f"radius {radius}"]) for radius in radii)
         table.append([name, f"{int(row['test rows']):,}", *shares])

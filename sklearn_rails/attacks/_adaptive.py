@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ STARTS = ("here", "toward another class", "anywhere", "anywhere", "anywhere")
 
 COUNTS = ("max_iter", "n_restarts", "n_references", "refresh", "n_seeds", "n_checks")
 
+# Where the ascents toward a target start.
+TARGET_STARTS = ("here", "target")
+
 # Bytes of reference features that are compared at a time.
 BLOCK_BYTES = 128 * 2**20
 
@@ -56,6 +60,11 @@ class AdaptiveKNNAttack:
     L-infinity ball. The references are the nearest training samples of each class; for RAILS, the
     selected offspring of each class in responses to ``x`` under several seeds. They are
     recomputed every ``refresh`` steps and constant in between.
+
+    Before that, it moves the sample toward ``n_targets`` training samples of other classes, one
+    after the other: signed steps that increase the affinity to their features in all layers, from
+    the sample itself and from the point of the ball nearest to the target. This costs no responses
+    of RAILS but for a check of where each ends.
 
     With ``gate=Arbitration()``, an attacker may target the vote, or the network toward a class
     that the neighbours do not rule out: each restart is made a second time, with the margins of
@@ -83,6 +92,9 @@ class AdaptiveKNNAttack:
     n_restarts : int, default=5
         Number of restarts: from the sample itself, from the point of the ball nearest to the
         nearest training sample of another class, and then from random points of the ball.
+    n_targets : int, default=12
+        Number of training samples of other classes, the nearest in the input first, that each
+        sample is moved toward. 0 leaves these ascents out.
     n_references : int, default=10
         Number of references of each class in each layer.
     refresh : int, default=10
@@ -152,6 +164,7 @@ class AdaptiveKNNAttack:
         "step": [Interval(Real, 0, None, closed="left"), None],
         **{name: [Interval(Real, 0, None, closed="left")] for name in ("eps", "threat_weight")},
         **{name: [Interval(Integral, 1, None, closed="left")] for name in COUNTS},
+        "n_targets": [Interval(Integral, 0, None, closed="left")],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -166,6 +179,7 @@ class AdaptiveKNNAttack:
         step: float | None = None,
         max_iter: int = 100,
         n_restarts: int = 5,
+        n_targets: int = 12,
         n_references: int = 10,
         refresh: int = 10,
         n_seeds: int = 3,
@@ -197,6 +211,7 @@ class AdaptiveKNNAttack:
         self.eps = float(eps)
         self.step = self.eps / 8 if step is None else float(step)
         self.max_iter, self.n_restarts, self.refresh = int(max_iter), int(n_restarts), int(refresh)
+        self.n_targets = int(n_targets)
         self.threat_weight, self.clip, self.verbose = threat_weight, clip, verbose
         # torch takes no integers of numpy.
         n_references, n_seeds, n_checks = int(n_references), int(n_seeds), int(n_checks)
@@ -260,22 +275,41 @@ class AdaptiveKNNAttack:
         if self._threat is not None:
             sample_bytes += self._threat.sample_bytes
         size = max(1, BLOCK_BYTES // sample_bytes)
-        # The vote can be fooled without the network, but not a label that the network decides.
-        aims = (False, True) if self._defence.keeps_network else (False,)
-        ascents = list(itertools.product(range(self.n_restarts), aims))
+        ascents = self._ascents(samples, labels)
         total = len(robust) * len(ascents)
         with tqdm(total=total, unit="sample", disable=not self.verbose) as progress:
-            for number, ascent in enumerate(ascents, start=1):
+            for number, ascend in enumerate(ascents, start=1):
                 fooled = torch.zeros_like(robust, dtype=torch.bool)
                 for i in range(0, len(robust), size):
                     block = robust[i : i + size]
-                    points, found = self._ascend(samples[block], labels[block], *ascent)
+                    points, found = ascend(block)
                     attacked[block[found]] = points[found]
                     fooled[i : i + size] = found
-                    # A fooled sample needs no more restarts.
+                    # A fooled sample needs no more ascents.
                     progress.update(len(block) + int(found.sum()) * (len(ascents) - number))
                 robust = robust[~fooled]
         return attacked
+
+    def _ascents(
+        self, samples: Tensor, labels: Tensor
+    ) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """Return functions from indices of samples to points, and which of them fool."""
+
+        def match(block: Tensor, target: int, start: str) -> tuple[Tensor, Tensor]:
+            return self._match(samples[block], labels[block], targets[block, target], start)
+
+        def ascend(block: Tensor, restart: int, with_network: bool) -> tuple[Tensor, Tensor]:
+            return self._ascend(samples[block], labels[block], restart, with_network)
+
+        targets = self._targets(samples, labels)
+        matches = itertools.product(range(targets.shape[1]), TARGET_STARTS)
+        # The vote can be fooled without the network, but not a label that the network decides.
+        aims = (False, True) if self._defence.keeps_network else (False,)
+        restarts = itertools.product(range(self.n_restarts), aims)
+        return [
+            *(functools.partial(match, target=t, start=start) for t, start in matches),
+            *(functools.partial(ascend, restart=r, with_network=aim) for r, aim in restarts),
+        ]
 
     def _validate(
         self, X: ArrayLike | Tensor, y: ArrayLike | Tensor, name: str
@@ -295,6 +329,51 @@ class AdaptiveKNNAttack:
     def _is_fooled(self, points: Tensor, labels: Tensor) -> Tensor:
         wrong = self._defence.predict(points) != labels
         return wrong if self._threat is None else wrong & ~self._threat.is_flagged(points)
+
+    def _targets(self, samples: Tensor, labels: Tensor) -> Tensor:
+        """Return the indices of the nearest training samples of other classes, or -1."""
+        n_targets = min(self.n_targets, len(self._train))
+        if n_targets == 0:
+            return labels.new_empty(len(samples), 0)
+        affinity, index = self._inputs.kneighbors(samples, n_targets)
+        affinity[torch.arange(len(samples), device=samples.device), labels] = -torch.inf
+        nearest = affinity.flatten(1).topk(n_targets, dim=1)
+        exists = nearest.values > -torch.inf
+        return index.flatten(1).gather(1, nearest.indices).masked_fill(~exists, -1)
+
+    def _match(
+        self, samples: Tensor, labels: Tensor, targets: Tensor, start: str
+    ) -> tuple[Tensor, Tensor]:
+        """Increase the affinity to targets; return the last points and which fool."""
+        low, high = self._ball.bounds(samples)
+        aims = torch.where(targets[:, None] >= 0, self._train[targets], samples)
+        points = (samples if start == "here" else aims).clamp(low, high)
+        feature_map = self.estimator.feature_map_
+        exists = torch.ones(len(samples), 1, 1, dtype=torch.bool, device=samples.device)
+        references = {
+            layer: (features[:, None, None], exists)
+            for layer, features in feature_map(aims).items()
+        }
+        scales = self._defence.scales(samples)
+        for iteration in range(self.max_iter):
+            if iteration % self.refresh == 0:
+                scores = soften(feature_map, points, self._defence.affinity, references, scales)
+                threat = None if self._threat is None else self._threat.soften(points)
+
+            def objective(points: Tensor, scores: Any = scores, threat: Any = threat) -> Tensor:
+                features = feature_map.with_gradient(points)
+                total = torch.cat([scores[layer](f) for layer, f in features.items()], dim=1).sum(1)
+                return total if threat is None else total - self.threat_weight * threat(points)
+
+            # Shorter steps toward the end come closer.
+            step = self.step * (1 - iteration / self.max_iter)
+            points = points + step * self._gradient(objective, points).sign()
+            points = points.clamp(low, high)
+        fooled = self._defence.guess(points) != labels
+        suspects = fooled.nonzero()[:, 0]
+        if len(suspects):
+            fooled[suspects] = self._is_fooled(points[suspects], labels[suspects])
+        return points, fooled
 
     def _ascend(
         self, samples: Tensor, labels: Tensor, restart: int, with_network: bool

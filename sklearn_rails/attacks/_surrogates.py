@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from .._threat import ThreatScorer
 from ..features import FeatureMap
+from ..immune import ImmuneEngine
 from ..immune.consensus import rank_by_affinity
 from ..immune.layer import Flock, ResponseLayer
 from ..immune.maturation import Population
@@ -142,6 +143,8 @@ class NeighborSurrogate(TrainingReferences):
         """Predict the classes' positions."""
         return _predict(self._estimator, points)
 
+    guess = predict
+
     def respond(self, points: Tensor) -> tuple[References, Tensor]:
         """Return the references and the predictions."""
         return self.near(points)[0], self.predict(points)
@@ -179,9 +182,16 @@ class PopulationSurrogate:
 
     def predict(self, points: Tensor) -> Tensor:
         """Predict the classes' positions, by majority under seeds that are not used otherwise."""
+        return self._vote(points, self.unseen)
+
+    def guess(self, points: Tensor) -> Tensor:
+        """Predict the classes' positions under a single seed, which costs less."""
+        return self._vote(points, self.known[:1])
+
+    def _vote(self, points: Tensor, engines: Sequence[ImmuneEngine]) -> Tensor:
         alarms = self._estimator.threat_scorer_.predict(points) == -1 if self._triages else None
         n_jobs = self._estimator.n_jobs
-        scores = [engine.scores(points, alarms=alarms, n_jobs=n_jobs) for engine in self.unseen]
+        scores = [engine.scores(points, alarms=alarms, n_jobs=n_jobs) for engine in engines]
         return torch.from_numpy(np.argmax(scores, axis=2)).to(points.device).mode(dim=0).values
 
     def respond(self, points: Tensor) -> tuple[References, Tensor]:

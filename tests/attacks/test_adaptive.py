@@ -20,7 +20,7 @@ from sklearn_rails.neighbors import resolve_affinity
 from sklearn_rails.sensing import DETECTORS
 
 # What a few steps suffice for; the defaults are for evaluations.
-QUICK = {"max_iter": 30, "n_restarts": 3, "random_state": 0}
+QUICK = {"max_iter": 30, "n_restarts": 3, "n_targets": 2, "random_state": 0}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,31 @@ def test_on_one_layer_dknn_is_the_k_nearest_neighbours(task):
     )
     plain = KNeighborsClassifier(5).fit(X.reshape(len(X), -1), y)
     assert plain.score(attacked.reshape(len(X_test), -1), y_test) < 0.6
+
+
+def test_targets_of_other_classes_fool_more_than_a_restart_alone(task):
+    _, X, y, X_test, y_test = task
+    nearest = DkNNClassifier(n_neighbors=1, calibration="leave-one-out").fit(X, y)
+    accuracy = []
+    for n_targets in (0, 12):
+        attack = AdaptiveKNNAttack(
+            nearest, X, y, eps=0.2, **QUICK | {"n_targets": n_targets, "n_restarts": 1}
+        )
+        attacked = attack.generate(X_test, y_test)
+        assert farthest(attacked, X_test) <= 0.2 + 1e-7
+        accuracy.append(nearest.score(attacked, y_test))
+    assert accuracy[1] <= accuracy[0] - 0.05
+
+
+def test_targets_are_the_nearest_samples_of_other_classes(digits):
+    X, y = digits[0][:30], np.repeat([0, 1], [27, 3])
+    dknn = DkNNClassifier(n_neighbors=1, calibration="leave-one-out").fit(X, y)
+    attack = AdaptiveKNNAttack(dknn, X, y, eps=0.1, n_targets=5)
+    samples, labels = torch.from_numpy(X[[0, 29]]), torch.tensor([0, 1])
+    found = attack._targets(samples, labels).numpy()
+    distance = np.linalg.norm(X[[0, 29], None] - X, axis=2)
+    assert_array_equal(found[0], [*(27 + distance[0, 27:].argsort()), -1, -1])
+    assert_array_equal(found[1], distance[1, :27].argsort()[:5])
 
 
 def test_samples_that_are_not_fooled_or_misclassified_from_the_start_are_returned_unchanged(task):
@@ -195,7 +220,7 @@ def test_an_attack_keeps_away_from_alarms(task, method):
     caught, silent = [], []
     for weight in (0, 1e-9, 1):
         attack = AdaptiveKNNAttack(
-            rails, X, y, eps=0.3, threat_weight=weight, **QUICK | {"n_restarts": 1}
+            rails, X, y, eps=0.3, threat_weight=weight, **QUICK | {"n_restarts": 1, "n_targets": 0}
         )
         attacked = attack.generate(X_test, y_test)
         wrong = rails.predict(attacked) != y_test
@@ -296,6 +321,7 @@ def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(tas
             ({"clip": value}, ValueError, "clip=.* must be 'auto', None or a pair")
             for value in ("range", (1, 0), (0, np.inf), (np.nan, 1), (0, 0), 1, (0, 1, 2), ("a", 1))
         ),
+        ({"n_targets": -1}, ValueError, "'n_targets' parameter .* Got -1"),
         ({"clip": (0, 0.5)}, ValueError, "clip=.0, 0.5. does not hold X_train, .* from 0 to 1"),
         ({"clip": (0.5, 2)}, ValueError, "clip=.0.5, 2. does not hold X_train"),
         ({"random_state": "a"}, ValueError, "'random_state' parameter"),
@@ -343,7 +369,7 @@ def test_attacked_samples_stay_in_the_ball_and_in_the_domain(digits, scale, offs
         clip = low, high = X[:420].min(), X[:420].max()
     eps = 0.3 * scale
     attack = AdaptiveKNNAttack(
-        dknn, X[:400], y[:400], eps=eps, clip=clip, max_iter=10, n_restarts=3, random_state=0
+        dknn, X[:400], y[:400], eps=eps, clip=clip, **QUICK | {"max_iter": 10, "n_targets": 0}
     )
     attacked = attack.generate(X[400:420], y[400:420])
     moved = (attacked != X[400:420]).any(axis=1)
