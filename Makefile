@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-matrix lint docs docs-check bench reproduce reproduce-quick clean
+.PHONY: demo test test-slow test-matrix lint docs docs-check bench mutants reproduce reproduce-quick clean
 
 # The stamp is written last, so that an interrupted install is repeated.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
@@ -44,6 +44,15 @@ docs-check: docs
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	$(BIN)/python -m pytest -m browser tests/browser
 
+# Small faults that are put into the code at random, and found by the tests or not; SEED and SIZE
+# choose the sample. A second call runs only those again that were not found.
+SEED ?= 0
+SIZE ?= 400
+
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[mutants]"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --size $(SIZE) --seed $(SEED)
+
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/bench_limits.py
@@ -71,4 +80,4 @@ reproduce-quick: $(STAMP)
 
 clean:
 	rm -rf $(VENV) .venv-matrix docs/_build docs/auto_examples docs/api/generated docs/api/backreferences docs/results demo_results \
-		reproduce_quick
+		reproduce_quick mutants

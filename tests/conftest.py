@@ -7,11 +7,15 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, settings
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 from sklearn_rails.demo import train_network
+
+# For mutants: the same examples each time, and failures are not made smaller.
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], derandomize=True)
 
 
 class ConvNet(nn.Module):

@@ -21,14 +21,21 @@ def affinity_function(affinity):
             total += float(a[i]) * float(b[i])
         return total
 
-    def euclidean(a, b):
+    def length(a):
+        # In units of a power of two, which round nothing, and whose squares are floats.
+        unit = 2.0 ** math.frexp(max(abs(float(value)) for value in a))[1]
         total = 0.0
-        for i in range(len(a)):
-            total += (float(a[i]) - float(b[i])) ** 2
-        return -math.sqrt(total)
+        for value in a:
+            total += (float(value) / unit) ** 2
+        return math.sqrt(total) * unit
+
+    def euclidean(a, b):
+        return -length([float(a[i]) - float(b[i]) for i in range(len(a))])
 
     def cosine(a, b):
-        return dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)))
+        if length(a) == 0 or length(b) == 0:
+            return 0.0
+        return dot([value / length(a) for value in a], [value / length(b) for value in b])
 
     return {"euclidean": euclidean, "cosine": cosine, "inner_product": dot}[affinity]
 
@@ -72,6 +79,17 @@ def best_first(affinities):
 def share_count(fraction, T):
     """At least one cell; 0.07 of 100 cells is 7 of them, though 0.07 * 100 exceeds 7 in floats."""
     return max(1, math.ceil(round(fraction * T, 9)))
+
+
+def leader_of(affinities, labels, n_plasma):
+    """The class that all plasma cells are of, if it is one, and its lead over all others."""
+    order = best_first(affinities)
+    plasma = {labels[p] for p in order[:n_plasma]}
+    if len(plasma) > 1:
+        return None, None
+    leader = plasma.pop()
+    others = [affinities[p] for p in order if labels[p] != leader]
+    return leader, affinities[order[0]] - others[0] if others else math.inf
 
 
 def mutate(cell, uniforms, rho, delta_min, delta_max, unit, low, high):
@@ -122,8 +140,13 @@ def respond_in_layer(
     crossover="affinity",
     plasma_fraction=0.05,
     memory_fraction=0.25,
+    settling_lead=None,
 ):
     """One antigen's response in one layer: flocking, expansion, optimization, plasma and memory.
+
+    With a settling_lead, it ends early: once the plasma is of one class that leads all others by
+    more than that, which clones may be before they are mutated, or that the plasma was of in the
+    generation before too.
 
     Z : training cells (n_train, D); F : their features (n_train, d); y : class indices;
     q : the antigen's features (d,); f : features (d,) of a cell (D,);
@@ -141,11 +164,13 @@ def respond_in_layer(
         neighbors.append([members[p] for p in order[:k]])
 
     # Expansion.
-    clones, labels = [], []
+    cells, affinities, labels = [], [], []
     for c in range(n_classes):
         quota = T // n_classes + (1 if c < T % n_classes else 0)
         for j in range(quota):
-            clones.append(Z[neighbors[c][j % len(neighbors[c])]])
+            parent = neighbors[c][j % len(neighbors[c])]
+            cells.append(Z[parent])
+            affinities.append(train_affinities[parent])
             labels.append(c)
     quota_labels = list(labels)
 
@@ -164,11 +189,29 @@ def respond_in_layer(
             [sum(label == c for label in labels) / T for c in range(n_classes)],
         )
 
-    cells, affinities = mature(clones, 0)
+    n_plasma = share_count(plasma_fraction, T)
+    leaders = [None]
+
+    def is_settled():
+        if settling_lead is None:
+            return False
+        leader, lead = leader_of(affinities, labels, n_plasma)
+        leaders.append(leader)
+        # Clones are not yet a generation.
+        again = len(leaders) > 3 and leader == leaders[-2]
+        return leader is not None and (again or lead > settling_lead)
+
     curve = [summary()]
+    n_generations = -1
+    if not is_settled():
+        cells, affinities = mature(cells, 0)
+        curve = [summary()]
+        n_generations = 0
 
     # Optimization.
     for g in range(1, G + 1):
+        if n_generations < g - 1 or is_settled():
+            break
         uniforms = draws(g)
         sorted_first = sorted(float(u) for u in uniforms["first"])
         P = softmax(affinities, tau)
@@ -194,6 +237,9 @@ def respond_in_layer(
         labels = child_labels
         cells, affinities = mature(children, g)
         curve.append(summary())
+        n_generations = g
+
+    curve += [(math.nan, [math.nan] * n_classes)] * (G + 1 - len(curve))
 
     # Plasma and memory.
     order = best_first(affinities)
@@ -211,7 +257,8 @@ def respond_in_layer(
         affinities=np.array(affinities),
         affinity_curve=np.array([mean for mean, _ in curve]),
         class_curve=np.array([shares for _, shares in curve]),
-        plasma=order[: share_count(plasma_fraction, T)],
+        n_generations=n_generations,
+        plasma=order[:n_plasma],
         memory=order[: share_count(memory_fraction, T)],
         nearest=nearest,
         tau=tau,
@@ -228,8 +275,9 @@ def consensus(layers, n_classes):
             for position in layer.plasma:
                 if layer.labels[position] == c:
                     votes += 1
-            z = (layer.nearest[c] - sum(layer.nearest) / n_classes) / layer.tau
-            tie_break += 0.25 * (1 + z / (1 + abs(z)))
+            # z / (1 + |z|) for z = away / tau, which need not be a float.
+            away = layer.nearest[c] - sum(layer.nearest) / n_classes
+            tie_break += 0.25 * (1 + away / (layer.tau + abs(away)))
         scores.append(votes + tie_break / len(layers))
     total = sum(scores)
     return np.array(scores), np.array([score / total for score in scores])

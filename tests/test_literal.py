@@ -4,6 +4,8 @@ import literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sklearn_rails import RAILSClassifier
@@ -110,6 +112,9 @@ def assert_agrees(rails, data, *, start=identity, maps=(identity,)):
             crossover=rails.crossover,
             plasma_fraction=rails.plasma_fraction,
             memory_fraction=rails.memory_fraction,
+            settling_lead=rails.engine_.layers[number].settling_lead
+            if rails.early_stopping
+            else None,
         )
 
     expected = [
@@ -118,6 +123,7 @@ def assert_agrees(rails, data, *, start=identity, maps=(identity,)):
     ]
     response = rails.respond(antigens)
     _, indices = rails.kneighbors(antigens)
+    n_forward = 0
     for number, layer in enumerate(rails.layers_):
         one_layer = [row[number] for row in expected]
         for found, row in zip(indices[layer], one_layer, strict=True):
@@ -138,6 +144,10 @@ def assert_agrees(rails, data, *, start=identity, maps=(identity,)):
             assert_close(
                 getattr(response, curve)[layer], [getattr(row, curve) for row in one_layer]
             )
+        last = [row.n_generations for row in one_layer]
+        assert response.n_generations[layer].tolist() == last
+        n_forward += rails.population_size * sum(g + 1 for g in last)
+    assert response.n_forward == n_forward
 
     scores, proba = (
         np.array(part)
@@ -153,8 +163,9 @@ def assert_agrees(rails, data, *, start=identity, maps=(identity,)):
 
 
 def assert_close(got, wanted):
-    # An inner product may come close to 0.
-    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+    # An inner product, or a feature, may come close to 0.
+    largest = np.abs(wanted, where=np.isfinite(wanted), out=np.zeros(np.shape(wanted))).max()
+    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12 * largest)
 
 
 @pytest.mark.parametrize("affinity", AFFINITIES)
@@ -244,3 +255,96 @@ def test_a_share_that_floats_overestimate_agrees(data):
     # 0.07 * 100 is 7.000000000000001.
     settings = SETTINGS | {"population_size": 100, "plasma_fraction": 0.07}
     assert_agrees(RAILSClassifier(**settings), data)
+
+
+def powers_of_ten(low, high):
+    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
+
+
+@st.composite
+def random_settings(draw):
+    """A classifier, data, and the map to its layer.
+
+    Ties of different cells are exact in both computations only where all sums are: on a grid of
+    eighths, for affinities that add no more than their roundings to it.
+    """
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n_classes, n_features = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    affinity = draw(st.sampled_from(AFFINITIES))
+    kinds = ["unit", "any", "constant", "outlier"]
+    if affinity == "cosine":
+        n_features += 1  # of one feature, all are 1 or -1, but for their last bit
+    else:
+        kinds += ["grid", "far"]
+    kind = draw(st.sampled_from(kinds))
+    n = n_classes * draw(st.integers(1, 5)) + draw(st.integers(0, 4))
+    y = rng.permutation(np.arange(n) % n_classes if draw(st.booleans()) else np.arange(n) // 5 % 4)
+    rows = rng.random((n + 2, n_features))
+    delta = sorted(draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
+    largest = 1.0
+    if kind == "grid":
+        rows, delta = np.round(rows * 8) / 8, [draw(st.sampled_from([0.0, 0.125]))] * 2
+        rows *= 2.0 ** draw(st.integers(-20, 20))
+    elif kind != "unit":
+        largest = draw(powers_of_ten(-70, 70))
+        rows = (rows - 0.5) * largest
+        if kind == "constant":
+            rows[:, 0] = largest
+        elif kind == "outlier":
+            rows[0] *= 1e5
+        elif kind == "far":
+            rows += 1e5 * largest
+    if draw(st.booleans()):  # duplicates, in several classes
+        rows[rng.integers(n, size=n // 2)] = rows[rng.integers(n, size=n // 2)]
+    X, antigens = rows[:n], rows[n:]
+    if draw(st.booleans()):  # an example as input
+        antigens[0] = X[0]
+    spread = float(np.abs(rows).max()) or 1.0
+    in_units = spread**2 if affinity == "inner_product" else 1 if affinity == "cosine" else spread
+    relative = powers_of_ten(-3, 1).map(lambda tau: tau * in_units)
+    clips = ["auto", None] + [(0.25 * largest, 0.75 * largest)] * (kind == "unit")
+    rails = RAILSClassifier(
+        n_neighbors=draw(st.integers(1, n)),
+        population_size=len(np.unique(y)) + draw(st.integers(0, 12)),
+        generations=draw(st.integers(0, 4)),
+        tau=draw(relative | powers_of_ten(-300, 300) | st.just("scale")),
+        rho=draw(st.floats(0, 1)),
+        delta_min=delta[0],
+        delta_max=delta[1],
+        plasma_fraction=draw(st.floats(0.01, 1)),
+        memory_fraction=draw(st.floats(0.01, 1)),
+        affinity=affinity,
+        selection=draw(st.sampled_from(["global", "class_balanced"])),
+        crossover=draw(st.sampled_from(["affinity", "uniform"])),
+        # Where an element is clipped, cosines of different cells may be one.
+        clip=None if affinity == "cosine" else draw(st.sampled_from(clips)),
+        early_stopping=draw(st.booleans()),
+        dtype="float64",
+        device="cpu",
+        random_state=draw(st.integers(0, 2**31 - 1)),
+    )
+    return rails, (X, y, antigens)
+
+
+def agree_on_random_settings(n):
+    tried = []
+
+    @settings(deadline=None, max_examples=n, database=None, suppress_health_check=list(HealthCheck))
+    @given(random_settings())
+    def agree(problem):
+        tried.append(1)
+        assert_agrees(*problem)
+
+    agree()
+    return len(tried)
+
+
+@pytest.mark.filterwarnings("ignore:X has values")
+def test_random_settings_agree():
+    agree_on_random_settings(60)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:X has values")
+def test_thousands_of_random_settings_agree(report):
+    report("numbers: settings of the engine against float64", agree_on_random_settings(3000))

@@ -204,7 +204,7 @@ class Population:
         affinity_curve = affinity.new_full((n, n_points), torch.nan)
         class_curve = affinity.new_full((n, n_points, n_classes), torch.nan)
         affinity_curve[:, 0] = mean_affinity(affinity)
-        class_curve[:, 0] = class_counts(labels, n_classes) / labels.shape[1]
+        class_curve[:, 0] = class_counts(labels, n_classes).to(affinity) / labels.shape[1]
         n_generations = labels.new_full((n,), -1)
         return cls(cells, labels, affinity, affinity_curve, class_curve, n_generations)
 
