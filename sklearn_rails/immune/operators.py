@@ -164,7 +164,6 @@ def select_parents(
         mass = (above - below) * torch.exp((best - highest) / tau)
         edges = mass.cumsum(dim=1)
         target = uniforms["first"].sort().values * edges[:, -1:]
-        target = torch.minimum(target, edges[:, -1:] * BELOW_ONE)
         child_labels = torch.searchsorted(edges, target, right=True)
         # Where in its class the draw lands, as a share of the class's mass.
         start_mass = (edges - mass).gather(1, child_labels)

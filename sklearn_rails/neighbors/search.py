@@ -217,7 +217,9 @@ def measure_geometry(store: ExampleStore, affinity: Affinity) -> tuple[Geometry,
         typical = float(norm(sample - store.shift - center).median())
         exponent = np.frexp(typical)[1] if 0 < typical < np.inf else 0
         if abs(exponent) > MAX_EXPONENT:
-            unit = 2.0 ** -float(np.clip(exponent, -100, 100))
+            # With room for distances that are 2**28 times the typical one.
+            furthest = np.frexp(torch.finfo(center.dtype).max)[1] - 28
+            unit = 2.0 ** -float(np.clip(exponent, -furthest, furthest))
     norms = []
     for piece in store.pieces(store.shift, BLOCK_BYTES):
         norms.append(norm((piece - center).mul_(unit)))

@@ -377,3 +377,20 @@ def test_parents_are_of_one_class_where_no_cell_has_an_affinity(selection):
     assert torch.equal(labels.gather(1, first), labels.gather(1, second))
     assert 3 not in torch.stack([first, second])[:, 0]
     assert torch.equal(labels.gather(1, first)[1], labels[1])
+
+
+@pytest.mark.parametrize(
+    ("u", "affinity", "labels", "expected"),
+    [
+        # 4 weights of 0 to 1 stand before class 1, in which the draw is at 1 - 2**-53 of 1.
+        (0.5, [-1e3] * 4 + [0.0, -(2**-52)], [0] * 4 + [1, 2], 4),
+        # A draw at the border of classes 0 and 1, which the sum of masses 0 and 1 moves by 2**-53.
+        (0.125, [-(2**-53)] + [0.0] * 3 + [-(2**-52)] * 4, [0] + [1] * 3 + [2] * 4, 1),
+    ],
+)
+def test_rounding_carries_no_draw_over_the_edge_of_its_class(u, affinity, labels, expected):
+    affinity, labels = torch.tensor([affinity], dtype=torch.float64), torch.tensor([labels])
+    draws = {name: torch.full((len(labels[0]),), u).double() for name in ("first", "second")}
+    first, second = select_parents(affinity, labels, draws, 1.0, n_classes=3, selection="global")
+    assert (first == expected).all()
+    assert (labels.gather(1, second) == 1).all()

@@ -438,6 +438,17 @@ def test_every_algorithm_is_exact_far_from_zero(algorithm, offset):
         assert_allclose(-affinity[:, c, 0], distance[:, c::2].amin(dim=1), atol=1e-7)
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "brute", "kd_tree", "ball_tree"])
+@pytest.mark.parametrize("scale", [1e-250, 1e184, 1e290])
+def test_every_algorithm_is_exact_at_any_scale(algorithm, scale):
+    X, y, Q = make_problem(0, 200, 5, 3)
+    neighbors = ClassNeighbors(algorithm=algorithm).fit(torch.tensor(X * scale), y, 3)
+    affinity, index = neighbors.kneighbors(torch.tensor(Q * scale), 7)
+    expected_distance, expected_index = search_by_hand(X, y, 3, Q, 7)
+    assert_array_equal(index, expected_index)
+    assert_allclose(-affinity / scale, expected_distance)
+
+
 def test_merged_neighbours_are_the_nearest_of_both_and_ties_go_to_the_first():
     first = torch.tensor([[[-1.0, -3.0]]]), torch.tensor([[[4, 5]]])
     second = torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[[6, 7]]])
