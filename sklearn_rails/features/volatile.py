@@ -102,6 +102,7 @@ class VolatileState:
         self._module = module
         self._lock = threading.Lock()
         self.values: dict[StateKey, Any] = {}
+        self._kept: list[tuple[dict[str, Any], str, Any]] = []
 
     def keep(self, names: Iterable[Sequence[str]], state: dict[StateKey, Any]) -> None:
         """Set what is restored after each pass.
@@ -117,22 +118,40 @@ class VolatileState:
 
     def restore(self) -> None:
         """Set the values in the network back."""
+        self._set(self._copies())
+
+    def _copies(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Return where the values are held, under which key, and copies of them."""
         if self._module is None or not self.values:
-            return
+            return []
         layers: dict[str, Any] = dict(self._module.named_modules())
+        copies = []
         for (layer, place, key), value in self.values.items():
             held = vars(layers[layer]) if place == "__dict__" else layers[layer]._buffers
+            copies.append((held, key, copy_state(value)))
+        return copies
+
+    @staticmethod
+    def _set(copies: list[tuple[dict[str, Any], str, Any]]) -> None:
+        for held, key, value in copies:
             if value is MISSING:
                 held.pop(key, None)
             else:
-                held[key] = copy_state(value)
+                held[key] = value
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        try:
+            # Before the pass: after it there may be no memory.
+            self._kept = self._copies()
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         try:
-            self.restore()
+            self._set(self._kept)
+            self._kept = []
         finally:
             self._lock.release()
 

@@ -201,8 +201,8 @@ class ClassNeighbors:
 
     def _allocate(self, sample: Tensor) -> None:
         n_samples = len(self._order.index)
-        self.store.allocate(n_samples, sample)
         self._blank = torch.zeros(n_samples, dtype=torch.bool, device=sample.device)
+        self.store.allocate(n_samples, sample)
 
     def build(self) -> ClassNeighbors:
         """Index the examples that were added.

@@ -173,9 +173,14 @@ class ExampleStore(DeviceTensors):
         OSError
             If the folder's disk has not enough space.
         """
-        shape = (n_samples, features.shape[1])
-        self.examples = allocate_store(self.folder, shape, self._like(features))
         self.shift = torch.zeros_like(features[0])
+        self._choose_scale(features)
+        shape = (n_samples, features.shape[1])
+        # Last, since without examples a store whose allocation failed is still empty.
+        self.examples = allocate_store(self.folder, shape, self._like(features))
+
+    def _choose_scale(self, features: Tensor) -> None:
+        """Choose shift and scale by the examples at hand; by default there are none."""
 
     def _like(self, features: Tensor) -> Tensor:
         return features
@@ -344,15 +349,7 @@ class HalfPrecisionStore(ExampleStore):
     def _like(self, features: Tensor) -> Tensor:
         return features.new_empty(0, dtype=torch.float16)
 
-    def allocate(self, n_samples: int, features: Tensor) -> None:
-        """Allocate memory, and choose shift and scale by the examples at hand.
-
-        Parameters
-        ----------
-        n_samples : int
-        features : torch.Tensor of shape (n, n_features)
-        """
-        super().allocate(n_samples, features)
+    def _choose_scale(self, features: Tensor) -> None:
         sample = features[sample_rows(len(features), TYPICAL_ROWS, rng=0)]
         if self._center:
             self.shift = sample.median(dim=0).values
