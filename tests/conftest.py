@@ -96,19 +96,20 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    tested = collections.Counter()
+    counts = collections.Counter()
     for result in terminalreporter.stats.get("passed", []):
         for name, value in result.user_properties:
             if name.startswith("tested: "):
-                tested[name.removeprefix("tested: ")] += value
-    if not tested:
+                counts[name.removeprefix("tested: ")] += value
+    if not counts:
         return
     terminalreporter.section("What was tested")
-    for name, value in sorted(tested.items()):
+    for name, value in sorted(counts.items()):
         terminalreporter.line(f"{name}: {value:,}")
     if config.option.counts:
         with open(config.option.counts, "w", newline="") as file:
-            csv.writer(file).writerows([("what", "count"), *sorted(tested.items())])
+            rows = ([*name.split(": "), f"{value:,}"] for name, value in sorted(counts.items()))
+            csv.writer(file).writerows([("area", "what", "count"), *rows])
 
 
 def pytest_collection_modifyitems(config, items):
