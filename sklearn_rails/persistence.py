@@ -267,14 +267,14 @@ def _load_networks(
         except SafetensorError as error:
             raise reader.fail(f"{said['name']}: {error}") from error
         network = copy.deepcopy(given)
-        _set_weights(network, tensors)
+        _set_weights(network, tensors, path)
         networks.append(network)
         if list(checksum(network)) != said.get("checksum"):
             changed.append(network)
     return networks, changed
 
 
-def _set_weights(network: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _set_weights(network: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     own = network.state_dict()
     shapes, saved = (
         {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
@@ -288,7 +288,7 @@ def _set_weights(network: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         ]
         raise ValueError(
             f"module is a {type(network).__name__} of another structure than the network that was "
-            f"saved: {'; '.join(differences)}{', ...' if len(names) > 3 else ''}."
+            f"saved in {path}: {'; '.join(differences)}{', ...' if len(names) > 3 else ''}."
         )
     network.load_state_dict(tensors)
 
