@@ -67,6 +67,8 @@ def predict(
         If there is no client or no worker, or the estimator has no such method.
     sklearn.exceptions.NotFittedError
         If the estimator is not fitted.
+    ImportError
+        If Dask is not installed.
 
     Notes
     -----
@@ -111,8 +113,13 @@ def predict(
 
 
 def _find_client(client: Any) -> Any:
-    from distributed import default_client
-
+    try:
+        from distributed import default_client
+    except ImportError as error:
+        raise ImportError(
+            "distributed.predict requires Dask. You can install it with "
+            "`pip install sklearn-rails[dask]`."
+        ) from error
     if client is not None:
         return client
     try:

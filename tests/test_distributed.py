@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -198,3 +199,10 @@ def test_progress_is_shown(client, rails, capsys):
     assert "70/70" in capsys.readouterr().err
     predict(rails, NEW, client, verbose=False)
     assert capsys.readouterr().err == ""
+
+
+def test_without_dask_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    dknn = DkNNClassifier().fit(np.eye(4), [0, 1, 0, 1])
+    with pytest.raises(ImportError, match=r"pip install sklearn-rails\[dask\]"):
+        predict(dknn, np.eye(4))
