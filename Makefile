@@ -63,7 +63,8 @@ DATA := $(if $(DATA_HOME),--data-home "$(DATA_HOME)")
 
 reproduce: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[reproduce]"
-	for script in table1 layers sensing_defaults study attacks detect triage memory figure2; do \
+	for script in table1 saturation layers sensing_defaults study attacks certify detect triage memory \
+		figure2; do \
 		$(BIN)/python benchmarks/reproduce/$$script.py --rows $(ROWS) $(DATA) || exit 1; \
 	done
 

@@ -97,6 +97,30 @@ parameters = { population_size = 30, generations = 1 }
     + """
 [data.digits]
 """,
+    "certify": ROWS
+    + """
+radii = [0, 0.25, 3]
+[data.digits]
+[[data.digits.classifier]]
+name = "nearest neighbour"
+kind = "DkNN"
+parameters = { layers = "input", n_neighbors = 1 }
+[[data.digits.classifier]]
+name = "smoothed network"
+kind = "network"
+sigma = 0.25
+n_test = 5
+""",
+    "saturation": ROWS
+    + """
+factors = [1, 1000]
+paper = { network = "87.26 / 32.57" }
+[data.digits]
+[[data.digits.classifier]]
+name = "RAILS"
+kind = "RAILS"
+parameters = { layers = "conv1", population_size = 30 }
+""",
     "figure2": ROWS
     + """
 [data.digits]
@@ -204,6 +228,26 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         changed = ["nothing ", '{"tau_fa', '{"over_g', '{"affini']
         assert [row["changed"][:8] for row in rows] == changed
         assert rows[0]["clean against defaults"].startswith("+0.0")
+    elif script == "certify":
+        shares = [[float(r[f"radius {k}"].split()[0]) for k in ("0", "0.25", "3")] for r in rows]
+        assert [row["test rows"] for row in rows] == ["15", "5"]
+        for first, second, last in shares:
+            assert 80 <= first <= 100
+            assert 50 < second <= first
+            assert last == 0
+    elif script == "saturation":
+        lines = {(r["factor"], r["attack"], r["classifier"]): r for r in rows}
+        assert len(lines) == len(rows) == 2 * (2 + 2)
+        stuck, moved = (
+            float(lines[factor, "PGD, cross-entropy", "network"]["moved"].split()[0])
+            for factor in ("1000", "1")
+        )
+        assert stuck < moved == 100
+        assert lines["1000", "PGD, cross-entropy", "network"]["robust, images not moved"]
+        by_margin = lines["1", "PGD, margin", "network"]
+        assert float(by_margin["robust"].split()[0]) < 10
+        assert by_margin["clean / robust in the paper"] == "87.26 / 32.57"
+        assert (results / "saturation_digits.png").stat().st_size > 5_000
     else:
         affinity = {(r["curve"], r["generation"]): float(r["mean affinity"]) for r in rows}
         assert affinity["antigen", "2"] > affinity["antigen", "clones"]

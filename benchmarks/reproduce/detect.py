@@ -102,9 +102,8 @@ def collect(task, own):
         if name in own["attacks"]:
             positives[name] = successful(make(X, y), own_network, y)
     n = own["n_hop_skip_jump"]
-    positives["HopSkipJump"] = successful(
-        by_hop_skip_jump(own_network, X[:n], eps, max_iter=30), own_network, y[:n]
-    )
+    jumped = by_hop_skip_jump(own_network, X[:n], eps, task.X[:500], max_iter=30)
+    positives["HopSkipJump"] = successful(jumped, own_network, y[:n])
     n = own["n_adaptive"]
     rails = task.fit("RAILS", own["defence"])
     positives["adaptive, on RAILS"] = successful(
