@@ -169,3 +169,12 @@ def test_scores_that_differ_only_by_rounding_are_ties():
         near = value * (1 + np.linspace(-1e-11, 1e-11, 9))
         assert_allclose(scale(near), -np.log(p_value), atol=1e-4)
         assert np.ptp(scale(near)) < 1e-3
+
+
+@pytest.mark.parametrize("factor", [1e-140, 1e-3, 7.0, 1e140])
+def test_evidence_does_not_depend_on_the_unit_of_scores(factor):
+    calibration, asked = np.array([-1.0, 2.0, 2.0, 5.0, 11.0]), np.array([-2.0, 1, 2, 9, 20, 1e3])
+    expected = ConformalScale(calibration)(asked)
+    assert_allclose(ConformalScale(factor * calibration)(factor * asked), expected, rtol=1e-9)
+    # log(6) of the largest, and more by the distance from it in units of that to the median.
+    assert_allclose(expected[-2:], np.log(6 / 2) + np.log1p((asked[-2:] - 11) / 9))

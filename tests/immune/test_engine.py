@@ -4,8 +4,8 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
-from sklearn_rails import RAILSClassifier
-from sklearn_rails.immune import compiled
+from sklearn_rails import RAILSClassifier, ThreatScorer
+from sklearn_rails.immune import Arbitration, Triage, compiled, engine, maturation
 from sklearn_rails.immune.domain import Domain
 from sklearn_rails.immune.operators import cross_over, mutate_
 from sklearn_rails.neighbors import ExactNeighbors
@@ -87,3 +87,73 @@ def test_every_kind_of_population_is_compiled_before_the_first_one(monkeypatch):
     monkeypatch.setattr(compiled, "_compiled", fail)
     with pytest.raises(ValueError, match="compile=True needs.*RuntimeError: no g\\+\\+ found$"):
         compiled.prepare_compiler(torch.rand(9, 3), 6, Domain(1.0, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_response_does_not_depend_on_blocks_or_on_the_compiler(data, monkeypatch, early_stopping):
+    monkeypatch.setattr(compiled, "_compiled", lambda: compiled._breed)
+    expected = vars(fit(data, early_stopping=early_stopping).respond(data[2]))
+    monkeypatch.setattr(maturation, "CACHE_BYTES", 3 * 20 * 5 * 8)
+    monkeypatch.setattr(engine, "CPU_BYTES", 5 * 20 * 5 * 8)
+    for compile in (False, True):
+        rails = fit(data, early_stopping=early_stopping, compile=compile)
+        for name, value in vars(rails.respond(data[2])).items():
+            for part, whole in zip(*map(in_layer, (value, expected[name])), strict=True):
+                assert_array_equal(part, whole)
+
+
+def in_layer(value):
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("gate", [None, Triage(), Arbitration(0.3)])
+@pytest.mark.parametrize("method", ["scores", "respond"])
+def test_every_sample_and_population_is_counted_once(data, monkeypatch, gate, method):
+    counts = {}
+
+    class Counter:
+        def __init__(self, n_samples, n_layers, verbose):
+            counts.update(total=n_samples, layers=n_layers, verbose=verbose, done=0, decided=0)
+
+        def add_samples(self, n):
+            counts["done"] += n
+
+        def add_populations(self, n):
+            counts["decided"] += n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+    scorer = ThreatScorer(method="distance", alpha=0.5)
+    rails = fit(data, gate=gate, threat_scorer=scorer if gate is not None else None)
+    monkeypatch.setattr(engine, "Progress", Counter)
+    monkeypatch.setattr(engine, "CPU_BYTES", 3 * 20 * 5 * 8)
+    alarms = np.arange(8) % 2 == 0
+    _, screening = rails.engine_.screen(torch.from_numpy(data[2]), alarms)
+    n_bred = int(screening.bred.sum())
+    assert n_bred == 8 if gate is None else 0 < n_bred < 8
+    args = (data[2],) if method == "scores" else (data[2], rails.classes_)
+    getattr(rails.engine_, method)(*args, alarms=alarms, verbose=1)
+    decided = n_bred if method == "scores" else 8
+    assert counts == {"total": 8, "layers": 1, "verbose": 1, "done": 8, "decided": decided}
+
+
+@pytest.mark.parametrize("storage", ["memory", "float16"])
+def test_remembered_cells_are_neighbours_like_training_samples(data, storage):
+    X, y, Q = data
+    rails = fit(data, algorithm=ExactNeighbors(storage), n_neighbors=100, gate=None)
+    cells = np.float64(Q[:2] + 0.01)
+    bank = rails.engine_.memory["1"].with_cells(cells, np.array([2, 0]))
+    remembering = rails.engine_.with_memory({"1": bank})
+    ((affinity, index),) = remembering.kneighbors(Q)
+    longer = fit((np.concatenate([X, cells]), np.append(y, [2, 0]), Q), n_neighbors=100)
+    ((expected, places),) = longer.engine_.kneighbors(Q)
+    assert_array_equal(index, places)
+    assert_allclose(affinity, expected, rtol=1e-9, atol=1e-15)
+    assert len(rails.engine_.memory["1"]) == 0
+    flock = remembering.layers[0].flock(rails.feature_map_(torch.from_numpy(Q))["1"])
+    found = remembering.layers[0].take_cells(flock.index.clamp(min=0))
+    assert_array_equal(found, np.concatenate([X, cells])[index.clip(min=0)])

@@ -16,6 +16,7 @@ from sklearn_rails.immune.operators import (
     cross_over,
     first_parent_share,
     leading_class,
+    mean_affinity,
     mutate_,
     replace_non_finite,
     select_parents,
@@ -394,3 +395,49 @@ def test_rounding_carries_no_draw_over_the_edge_of_its_class(u, affinity, labels
     first, second = select_parents(affinity, labels, draws, 1.0, n_classes=3, selection="global")
     assert (first == expected).all()
     assert (labels.gather(1, second) == 1).all()
+
+
+@pytest.mark.parametrize("selection", ["global", "class_balanced"])
+def test_the_smallest_draw_is_of_the_first_cell_with_an_affinity(selection):
+    affinity = torch.tensor([[-torch.inf, -1.0, -2.0, -torch.inf, -3.0]])
+    labels, zeros = torch.tensor([[0, 0, 0, 1, 1]]), torch.zeros(5)
+    first, second = select_parents(
+        affinity, labels, {"first": zeros, "second": zeros}, 1.0, n_classes=2, selection=selection
+    )
+    expected = [1] * 5 if selection == "global" else [1, 1, 1, 4, 4]
+    assert first.tolist() == second.tolist() == [expected]
+
+
+def test_many_unlikely_cells_are_drawn_together():
+    # Each has 2**-25 of the best one's chance, which float32 loses beside it; all have 2**-9.
+    affinity = torch.full((1, 2**16 + 1), -25 * float(np.log(2)))
+    affinity[0, 0] = 0
+    u = {name: torch.full((2**16 + 1,), 1 - 2**-10) for name in ("first", "second")}
+    for parents in select_parents(
+        affinity, torch.zeros_like(affinity).long(), u, 1.0, n_classes=1, selection="global"
+    ):
+        assert 2**14 < parents[0, 0] < 2**16
+
+
+def test_the_mean_affinity_is_of_cells_that_have_one_and_does_not_overflow():
+    largest = torch.finfo(torch.float32).max
+    affinity = torch.tensor([[-1.0, -torch.inf, -4.0], [largest] * 3, [-largest] * 3])
+    assert mean_affinity(affinity).tolist() == [-2.5, largest, -largest]
+    assert mean_affinity(affinity[:1] * torch.inf).isnan().all()
+
+
+def test_bounds_may_be_open_or_the_largest_numbers_but_not_beyond():
+    cells, largest = torch.tensor([[-1.0, 2.0], [0.0, 6.0]]), torch.finfo(torch.float32).max
+    for clip in [(-largest, largest), (0.5, np.inf)]:
+        domain = find_domain(cells, clip)
+        assert (domain.low, domain.high) == clip
+        assert domain.unit.tolist() == [1, 4]
+    with pytest.raises(ValueError, match="clip=.* is beyond what float32 holds"):
+        find_domain(cells, (0.0, 1e39))
+    for within in (torch.tensor([[0.0], [0.5]]), torch.tensor([[1.0]])):
+        assert find_domain(within, "auto") == Domain(1.0, 0.0, 1.0)
+        assert find_domain(within, None) == Domain(1.0, None, None)
+    for beyond in (torch.tensor([[0.0], [1.5]]), torch.tensor([[-0.5], [1.0]])):
+        domain = find_domain(beyond, "auto").on(beyond)
+        assert torch.equal(torch.stack([domain.low, domain.high]), beyond)
+        assert torch.equal(domain.unit, beyond[1] - beyond[0])

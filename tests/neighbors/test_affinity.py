@@ -171,3 +171,17 @@ def test_the_bound_of_one_query_is_that_of_many(max_norm, center_norm):
         lowest = float(scores[i].min())
         one = Euclidean().score_error(Geometry(*where), queries[i : i + 1], norms[i].item(), lowest)
         assert_allclose(one, bound[i].max())
+
+
+def test_an_affinity_has_the_name_of_its_class_in_snake_case():
+    class SumOfProducts(Affinity):
+        pass
+
+    class Other(Affinity):
+        name = "mine"
+
+    assert SumOfProducts.name == "sum_of_products"
+    assert SumOfProducts().parameter == "affinity='sum_of_products'"
+    assert Other.name == "mine"
+    with pytest.raises(NotImplementedError, match="SumOfProducts needs a method __call__"):
+        SumOfProducts()(torch.zeros(1, 1), torch.zeros(1, 1, 1))

@@ -13,6 +13,7 @@ from problems import make_problem
 from sklearn.base import clone
 
 from sklearn_rails.neighbors import ClassNeighbors, ExactNeighbors, exact
+from sklearn_rails.neighbors.allocation import reserve
 from sklearn_rails.neighbors.store import ExampleStore
 
 
@@ -156,3 +157,11 @@ def test_a_full_disk_leaves_examples_in_memory(monkeypatch):
     assert trees.on_disk() is trees
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert neighbors.on_disk() is neighbors
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1000, 2**20, 2**21 + 7])
+def test_space_that_cannot_be_reserved_is_filled_with_as_many_zeros(n_bytes, monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "posix_fallocate")
+    with (tmp_path / "file").open("w+b") as file:
+        reserve(file, n_bytes)
+        assert (tmp_path / "file").read_bytes() == bytes(n_bytes)
