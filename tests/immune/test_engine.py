@@ -1,3 +1,8 @@
+import pickle
+import re
+import warnings
+
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -18,13 +23,14 @@ def data():
 
 
 def fit(data, **parameters):
-    settings = {"n_neighbors": 4, "population_size": 20, "random_state": 0, "dtype": "float64"}
+    settings = {"layers": "1", "n_neighbors": 4, "population_size": 20, "random_state": 0}
+    settings["dtype"] = "float64"
     network = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         for parameter in network.parameters():
             parameter.uniform_(-1, 1)
-    return RAILSClassifier(network, layers=["1"], **settings | parameters).fit(*data[:2])
+    return RAILSClassifier(network, **settings | parameters).fit(*data[:2])
 
 
 def test_an_engine_with_another_seed_is_that_of_a_classifier_with_it(data):
@@ -138,6 +144,7 @@ def test_every_sample_and_population_is_counted_once(data, monkeypatch, gate, me
     args = (data[2],) if method == "scores" else (data[2], rails.classes_)
     getattr(rails.engine_, method)(*args, alarms=alarms, verbose=1)
     decided = n_bred if method == "scores" else 8
+    assert (screening.p_values is None) == (not isinstance(gate, Arbitration))
     assert counts == {"total": 8, "layers": 1, "verbose": 1, "done": 8, "decided": decided}
 
 
@@ -157,3 +164,42 @@ def test_remembered_cells_are_neighbours_like_training_samples(data, storage):
     flock = remembering.layers[0].flock(rails.feature_map_(torch.from_numpy(Q))["1"])
     found = remembering.layers[0].take_cells(flock.index.clamp(min=0))
     assert_array_equal(found, np.concatenate([X, cells])[index.clip(min=0)])
+
+
+@pytest.mark.parametrize("layers", ["input", "1"])
+@pytest.mark.parametrize("algorithm", ["auto", "kd_tree", ExactNeighbors("float16")])
+def test_a_pickled_engine_answers_alike(data, layers, algorithm):
+    rails = fit(data, layers=layers, algorithm=algorithm)
+    bank = rails.engine_.memory[layers].with_cells(data[2][:2], np.array([2, 0]))
+    expected = rails.engine_.with_memory({layers: bank})
+    loaded = pickle.loads(pickle.dumps(expected))
+    assert_array_equal(loaded.scores(data[2]), expected.scores(data[2]))
+    for part, whole in zip(loaded.kneighbors(data[2]), expected.kneighbors(data[2]), strict=True):
+        assert_array_equal(part, whole)
+
+
+def test_fit_shows_how_many_samples_it_has_indexed(data, capsys):
+    fit(data, verbose=1)
+    assert re.search(r"fit: 100%.* 60/60 .*sample", capsys.readouterr().err)
+    fit(data)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_backend_of_processes_is_not_used_and_one_warning_says_so(data):
+    engine = fit(data).engine_
+    with joblib.parallel_config("loky"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n_jobs in (1, 2, 2):
+            engine.scores(data[2], n_jobs=n_jobs)
+    assert ["LokyBackend is not used" in str(warning.message) for warning in caught] == [True]
+    with joblib.parallel_config("threading"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(data).engine_.scores(data[2], n_jobs=2)
+
+
+def test_a_sample_whose_p_value_is_alpha_is_bred(data):
+    rails = fit(data, gate=Arbitration(0.3))
+    p_values = rails.respond(data[2]).p_values
+    rails.engine_.gate.alpha = float(np.sort(p_values)[4])
+    bred = rails.engine_.screen(torch.from_numpy(data[2]), None)[1].bred
+    assert_array_equal(bred, p_values <= rails.engine_.gate.alpha)

@@ -127,3 +127,48 @@ def test_examples_are_stored_in_blocks(storage, monkeypatch):
         blocks.kneighbors(Q, 4, X.__getitem__), whole.kneighbors(Q, 4, X.__getitem__), strict=True
     ):
         assert_array_equal(part, expected)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 10**6),
+    n_features=st.sampled_from([1, 3, 30, 300]),
+    affinity=st.sampled_from(["euclidean", "inner_product"]),
+    storage=st.sampled_from(["memory", "float16"]),
+    offset=st.sampled_from([0.0, 1.0, 1000.0]),
+    far=st.sampled_from([1.0, 1e-4, 1e4]),
+    of=st.sampled_from(["examples", "queries"]),
+)
+def test_scores_err_by_less_than_their_bound(seed, n_features, affinity, storage, offset, far, of):
+    rng = np.random.default_rng(seed)
+    X, Q = (rng.normal(size=(n, n_features)).astype(np.float32) for n in (60, 5))
+    (X if of == "examples" else Q)[::2] *= np.float32(far)
+    X, Q = X + np.float32(offset), Q + np.float32(offset)
+    X[0] = 1e-3  # so that not all can be stored as differences
+    neighbors = ClassNeighbors(affinity, ExactNeighbors(storage)).fit(
+        torch.from_numpy(X), np.zeros(60, dtype=int), 1
+    )
+    search, geometry = neighbors._search, neighbors._search.geometry
+    moved = search._move_queries(torch.from_numpy(Q))
+    scores = search._scores(moved).numpy().astype(np.longdouble)
+
+    def place(rows):
+        return (rows.astype(np.longdouble) - geometry.origin.numpy()) * geometry.query_scale
+
+    q, x = place(Q), place(X)
+    center = geometry.center.numpy().astype(np.longdouble) * geometry.unit
+    exact = q @ (x + center).T
+    if affinity == "euclidean":
+        exact -= (x**2).sum(axis=1) / 2
+    lengths = np.sqrt((q**2).sum(axis=1, keepdims=True)).astype(float)
+    bound = search._score_error(moved, lengths, scores.astype(float))
+    assert (np.abs(scores - exact) <= bound).all()
+    # Nor is it much more than products round, and half precision the examples.
+    sizes = lengths + np.sqrt((x**2).sum(axis=1))
+    rounding = np.finfo(np.float32).eps * (sizes + np.sqrt((center**2).sum())) * sizes
+    rounding += sizes * geometry.max_rounding_error + geometry.max_rounding_error**2
+    reach = rounding.max(axis=1, keepdims=True) if affinity == "inner_product" else rounding
+    assert (bound <= 100 * n_features**0.5 * reach + 1e-30).all()
+    for i in range(len(Q)):
+        one = search._score_error(moved[i : i + 1], float(lengths[i, 0]), float(scores[i].min()))
+        assert np.abs(scores - exact)[i].max() <= one <= bound[i].max() * (1 + 1e-9)
