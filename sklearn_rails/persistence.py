@@ -197,7 +197,7 @@ def load(
             raise
         except Exception as error:
             reraise_out_of_memory(error)
-            raise reader.fail(f"{type(error).__name__}: {error}") from error
+            raise reader.fail(f"{type(error).__name__}: {error!s:.500}") from error
     for followed in decoder.decoded.values():
         if isinstance(followed, FollowedNetwork) and followed.module in changed:
             _check_features(followed, path)
@@ -303,8 +303,9 @@ def _try_out(estimator: Any, objects: Collection[Any]) -> None:
     if samples and hasattr(estimator, "n_features_in_"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ask = estimator.predict if hasattr(estimator, "predict") else estimator.transform
-            ask(samples[0])
+            for method in ("predict", "predict_with_alarm", "p_values", "transform"):
+                if hasattr(estimator, method):
+                    getattr(estimator, method)(samples[0])
     for features, topics in zip(maps, warned, strict=True):
         features._warned = topics
 
