@@ -10,32 +10,34 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, clone
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._compat import HasMethods, Interval, StrOptions, VisualBlock
+from ._compat import Interval, StrOptions, VisualBlock
 from ._validation import (
     find_user_level,
     flatten,
+    hold_strings,
+    naming,
     plain_scalar,
     shape_hint,
     validate_fit_rows,
     validate_flat,
+    validate_labels,
+    validate_weights,
 )
 from ._version import __version__
 from .features.device import DTYPES, explain_out_of_memory
 from .features.frozen import as_module, freeze, is_network
 from .features.layer_choice import ScoreLayers, choose_layer
 from .features.mapping import FeatureMap
-from .neighbors import ExactNeighbors
+from .neighbors.index import LARGEST_SIZE
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# Sizes of tensors beyond this overflow inside of torch, before memory runs out.
-LARGEST_SIZE = 2**31 - 1
 
 # What every estimator of the package accepts for a network's place, precision and cuts.
 NETWORK_CONSTRAINTS = {
@@ -45,14 +47,6 @@ NETWORK_CONSTRAINTS = {
     "dtype": [StrOptions(set(DTYPES))],
     "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, LARGEST_SIZE, closed="both")],
 }
-
-N_JOBS_CONSTRAINT = [None, Interval(Integral, -LARGEST_SIZE, LARGEST_SIZE, closed="both")]
-
-ALGORITHM_CONSTRAINT = [
-    StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
-    ExactNeighbors,
-    HasMethods(["fit", "kneighbors"]),
-]
 
 # Parameters that decide how predictions are computed, and not what they are. These alone act at
 # once when they are set after fit.
@@ -200,6 +194,45 @@ class NetworkEstimator(BaseEstimator):
         return copy
 
 
+class NetworkClassifier(ClassifierMixin, NetworkEstimator):
+    """A classifier whose score is checked as its other methods are."""
+
+    classes_: NDArray[Any]
+
+    def score(
+        self,
+        X: ArrayLike | torch.Tensor,
+        y: ArrayLike | torch.Tensor,
+        sample_weight: ArrayLike | torch.Tensor | None = None,
+    ) -> float:
+        """Return the accuracy of the predicted classes.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
+            Inputs.
+        y : array-like of shape (n,)
+            Their classes.
+        sample_weight : array-like of shape (n,), default=None
+            Weights of the samples, 0 or more.
+
+        Returns
+        -------
+        float
+            Between 0 and 1.
+        """
+        predicted = self.predict(X)
+        labels = validate_labels(y, len(predicted))
+        if hold_strings(labels) != hold_strings(self.classes_):
+            raise ValueError(
+                f"y has labels of {labels.dtype}, but those of fit are of {self.classes_.dtype}."
+            )
+        weights = None
+        if sample_weight is not None:
+            weights = validate_weights(sample_weight, len(predicted))
+        return float(np.average(predicted == labels, weights=weights))
+
+
 class _Leaf:
     """A network in the HTML representation of an estimator."""
 
@@ -328,6 +361,7 @@ def as_fitted(estimator: Any, *, consequence: str | None = None) -> Any:
     return fitted
 
 
+@naming("X")
 def validate_rows(estimator: Any, X: Any) -> Any:
     """Check samples for a fitted estimator.
 

@@ -7,16 +7,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from ._base import (
-    ALGORITHM_CONSTRAINT,
-    N_JOBS_CONSTRAINT,
     NETWORK_CONSTRAINTS,
-    NetworkEstimator,
+    NetworkClassifier,
     prepare_fit,
     restore_on_error,
     validate_rows,
@@ -25,22 +22,30 @@ from ._blocks import for_blocks, map_blocks
 from ._compat import Interval, StrOptions, fit_context
 from ._conformal import conformal_p_values, sample_rows
 from ._documentation import document
-from ._validation import plain_labels, read_samples
+from ._validation import read_samples, validate_labels
 from .features.layer_choice import LayerScores, score_layers
 from .neighbors import ClassNeighbors, ExactNeighbors
 from .neighbors.certificate import certified_radii
+from .neighbors.index import ALGORITHM_CONSTRAINT, N_JOBS_CONSTRAINT
 from .neighbors.votes import neighbor_votes
 
 
 def _certifies(dknn: "DkNNClassifier") -> bool:
     """Check that the prediction is the class of the exactly nearest sample."""
-    layers = getattr(dknn, "layers_", dknn.layers)
+    layers, algorithm = getattr(dknn, "layers_", dknn.layers), dknn.algorithm
     if dknn.feature_extractor is None and layers in ("auto", None):
         layers = "input"
-    algorithm = dknn.algorithm
-    is_exact = isinstance(algorithm, ExactNeighbors) and algorithm.storage != "float16"
-    is_exact = is_exact or algorithm == "auto"
-    if is_exact and dknn.n_neighbors == 1 and layers in ("input", ["input"], ("input",)):
+    names = [layers] if isinstance(layers, str) else layers
+    if (
+        dknn.n_neighbors == 1
+        and isinstance(names, list | tuple)
+        and [*map(str, names)] == ["input"]
+        and (
+            algorithm.storage != "float16"
+            if isinstance(algorithm, ExactNeighbors)
+            else str(algorithm) == "auto"
+        )
+    ):
         return True
     raise AttributeError(
         "certified_radius needs n_neighbors=1, layers='input' and algorithm='auto' or "
@@ -50,7 +55,7 @@ def _certifies(dknn: "DkNNClassifier") -> bool:
 
 
 @document
-class DkNNClassifier(ClassifierMixin, NetworkEstimator):
+class DkNNClassifier(NetworkClassifier):
     """Deep k-nearest neighbours: a vote of hidden layers, with its credibility.
 
     DkNN finds the k nearest training examples in every layer. The nonconformity of an input with a
@@ -478,14 +483,9 @@ class DkNNClassifier(ClassifierMixin, NetworkEstimator):
         X, y = pair
         try:
             X = validate_rows(self, X)
+            y = validate_labels(y, len(X), "y_cal")
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration=(X_cal, y_cal): {error}") from error
-        y = np.asarray(plain_labels(y))
-        if y.shape != (len(X),):
-            raise ValueError(
-                f"calibration=(X_cal, y_cal): y_cal has shape {y.shape}, but X_cal has {len(X)} "
-                "samples."
-            )
         # A dict, since numpy would take the label "1" for the class 1.
         places = {label: place for place, label in enumerate(self.classes_.tolist())}
         unknown = sorted({str(label) for label in y.tolist() if label not in places})

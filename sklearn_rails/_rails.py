@@ -7,16 +7,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import ClassifierMixin, clone
+from sklearn.base import clone
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
 from ._base import (
-    ALGORITHM_CONSTRAINT,
-    LARGEST_SIZE,
-    N_JOBS_CONSTRAINT,
     NETWORK_CONSTRAINTS,
-    NetworkEstimator,
+    NetworkClassifier,
     fill_open_parameters,
     prepare_fit,
     restore_on_error,
@@ -25,7 +22,14 @@ from ._base import (
 from ._compat import HasMethods, Interval, StrOptions, fit_context
 from ._documentation import document
 from ._threat import ThreatScorer
-from ._validation import check_known_labels, read_in_order, read_samples, validate_labels
+from ._validation import (
+    check_known_labels,
+    check_same_length,
+    hold_strings,
+    read_in_order,
+    read_samples,
+    validate_labels,
+)
 from .features.layer_choice import LayerScores, score_layers
 from .immune import Arbitration, ImmuneEngine, ImmuneResponse, MemoryBank, Triage
 from .immune.alarms import check_alarms, check_threat_scores
@@ -35,6 +39,7 @@ from .immune.maturation import Schedule
 from .immune.memory import select_memories
 from .immune.random import Mutation, draw_seed
 from .neighbors import ClassNeighbors
+from .neighbors.index import ALGORITHM_CONSTRAINT, LARGEST_SIZE, N_JOBS_CONSTRAINT
 from .sensing.samples import OuterIndexes
 
 # Number of cells in a population, unless there are more classes.
@@ -54,7 +59,7 @@ def _raises_alarms(estimator: Any) -> bool:
 
 
 @document
-class RAILSClassifier(ClassifierMixin, NetworkEstimator):
+class RAILSClassifier(NetworkClassifier):
     """Robust predictions from a fitted network by affinity maturation (RAILS).
 
     For each input, RAILS finds the most similar training examples of every class in a hidden layer
@@ -380,14 +385,16 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         """
         X, y = read_samples(X, y)
         if not hasattr(self, "classes_"):
-            self._named_classes = classes
+            if classes is not None:
+                self._named_classes = validate_labels(classes, name="classes")
             return self.fit(X, y)
         labels, known = validate_labels(y), self.classes_
         if classes is not None:
+            classes = validate_labels(classes, name="classes")
             check_known_labels(labels, classes, "classes")
         elif self._classes_are_named:
             check_known_labels(labels, known, "the classes of the first call")
-        if _hold_strings(known) != _hold_strings(labels):
+        if hold_strings(known) != hold_strings(labels):
             raise ValueError(
                 f"y has labels of {labels.dtype}, but those of fit are of {known.dtype}."
             )
@@ -396,7 +403,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         has_changed = self._features.network_has_changed
         self._features = self._features.rebased()
         rows = validate_rows(self, X)
-        check_consistent_length(rows, labels)
+        check_same_length(X=rows, y=labels)
         named = [] if classes is None else [classes]
         self.classes_ = np.unique(np.concatenate([known, labels, *named]))
         to_device = self._features.to_device
@@ -552,8 +559,7 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         """
         fitted = self._as_fitted()
         if y is not None and isinstance(response, ImmuneResponse):
-            y = validate_labels(y)
-            check_consistent_length(response.labels, y)
+            y = validate_labels(y, len(response.labels))
             check_known_labels(y, self.classes_, "the classes of fit")
         engine = fitted.engine_
         self.engine_ = engine.with_memory(
@@ -749,7 +755,3 @@ class RAILSClassifier(ClassifierMixin, NetworkEstimator):
         if hasattr(scorer, "offset_"):  # as predict does, without asking again
             return -scores, scores - scorer.offset_ < 0
         return -scores, check_alarms(scorer.predict(X), n_samples)
-
-
-def _hold_strings(labels: NDArray[Any]) -> bool:
-    return all(isinstance(label, str) for label in labels.tolist())

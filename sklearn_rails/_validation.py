@@ -1,9 +1,11 @@
 """Checks of samples and labels that the estimators share."""
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
-from numbers import Integral
+from contextlib import contextmanager
+from numbers import Integral, Rational
 from types import FrameType
 from typing import Any
 
@@ -13,11 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 from sklearn.utils import check_array, get_tags
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    check_consistent_length,
-    column_or_1d,
-    validate_data,
-)
+from sklearn.utils.validation import assert_all_finite, column_or_1d, validate_data
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 Samples = NDArray[Any] | torch.Tensor
@@ -32,6 +30,8 @@ DTYPE_OF: dict[str, type[np.floating[Any]]] = {
 # Kept as they are for a network that may take them: token ids must not pass through float32.
 INTEGER_DTYPES = [np.dtype(code) for code in "bhilqBHILQ"]
 
+WIDE_FLOATS = (torch.float32, torch.float64)
+NUMPY_FLOATS = (torch.float16, *WIDE_FLOATS)
 
 # Samples of a data set that are read together.
 READ_SAMPLES = 256
@@ -59,7 +59,7 @@ def _is_of_a_library(frame: FrameType) -> bool:
 
 
 def plain_scalar(value: Any) -> Any:
-    """Convert a numpy scalar to a Python one, whose arithmetic does not overflow.
+    """Convert a numpy scalar or a fraction to a Python number, whose arithmetic does not overflow.
 
     Parameters
     ----------
@@ -70,7 +70,31 @@ def plain_scalar(value: Any) -> Any:
     object
         Any other value itself.
     """
+    if isinstance(value, Rational) and not isinstance(value, Integral):
+        return float(value)  # which scikit-learn's constraints take
     return value.item() if isinstance(value, np.generic) else value
+
+
+@contextmanager
+def naming(parameter: str) -> Iterator[None]:
+    """Name a parameter in the errors that reading its value raises.
+
+    Parameters
+    ----------
+    parameter : str
+
+    Raises
+    ------
+    TypeError, ValueError
+        In place of one whose message does not name the parameter.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError) as error:
+        if re.search(rf"(?<!\w){re.escape(parameter)}(?!\w)", str(error)):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{parameter}: {error}") from error
 
 
 def validate_fit_rows(
@@ -132,12 +156,16 @@ def validate_fit_rows(
     return flat, y
 
 
-def validate_labels(y: Any) -> NDArray[Any]:
-    """Check labels and convert them to an array.
+def validate_labels(y: Any, n_samples: int | None = None, name: str = "y") -> NDArray[Any]:
+    """Check class labels and convert them to an array.
 
     Parameters
     ----------
     y : array-like or torch.Tensor of shape (n,)
+    n_samples : int, default=None
+        How many labels there must be.
+    name : str, default="y"
+        The parameter, for errors.
 
     Returns
     -------
@@ -145,12 +173,106 @@ def validate_labels(y: Any) -> NDArray[Any]:
 
     Raises
     ------
-    ValueError
-        If they are not one-dimensional, or cannot be classes.
+    TypeError, ValueError
+        If they are not one-dimensional, of another number, missing, or cannot be classes.
     """
-    labels: NDArray[Any] = column_or_1d(plain_labels(y), warn=True)
-    check_classification_targets(labels)
+    with naming(name):
+        y = plain_labels(y)
+        shape = tuple(getattr(y, "shape", ()))
+        if len(shape) == 2 and shape[1] > 1:
+            raise ValueError(
+                f"{name} should be a 1d array, got an array of shape {shape} instead. Of one-hot "
+                f"labels, pass {name}.argmax(axis=1)."
+            )
+        labels: NDArray[Any] = column_or_1d(y, warn=True)
+        if labels.dtype.kind == "c":
+            raise ValueError(f"Complex data not supported: {name} is of {labels.dtype}.")
+        if labels.dtype.kind == "V":
+            raise ValueError(f"{name} must hold strings or numbers, got {labels.dtype}.")
+        if labels.dtype.kind == "T":  # which scikit-learn does not know
+            labels = labels.astype(object)
+        assert_all_finite(labels, input_name=name)
+        check_classification_targets(labels)
+        np.unique(labels)
+    if n_samples is not None and len(labels) != n_samples:
+        raise ValueError(
+            f"{name} must have a label for each sample of X: found {len(labels)} labels, but "
+            f"{n_samples} samples, which are inconsistent numbers of samples."
+        )
     return labels
+
+
+def validate_weights(sample_weight: Any, n_samples: int) -> NDArray[np.float64]:
+    """Check the weights of samples.
+
+    Parameters
+    ----------
+    sample_weight : array-like or torch.Tensor of shape (n,)
+    n_samples : int
+        How many there must be.
+
+    Returns
+    -------
+    ndarray of shape (n,), float64
+
+    Raises
+    ------
+    ValueError
+        If they are not real numbers, finite and 0 or more, one above 0, of that number.
+    """
+    array = as_array(sample_weight, "sample_weight")
+    if array.dtype.kind not in "biufO" or array.ndim - (array.shape[-1:] == (1,)) != 1:
+        raise ValueError(
+            "sample_weight must be a one-dimensional array of numbers, got shape "
+            f"{array.shape} of {array.dtype}."
+        )
+    with naming("sample_weight"):
+        weights: NDArray[np.float64] = array.astype(np.float64).ravel()
+    if len(weights) != n_samples:
+        raise ValueError(
+            f"sample_weight has {len(weights)} weights for {n_samples} samples: inconsistent "
+            "numbers of samples."
+        )
+    if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise ValueError(
+            "sample_weight must be finite and 0 or more, with a weight above 0 and a finite sum."
+        )
+    return weights
+
+
+def check_same_length(**arrays: Any) -> None:
+    """Check that arrays have as many entries as one another.
+
+    Parameters
+    ----------
+    **arrays : ndarray or torch.Tensor
+        By their parameters' names.
+
+    Raises
+    ------
+    ValueError
+        If their numbers differ.
+    """
+    sizes = [len(array) for array in arrays.values()]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"{', '.join(arrays)} must be of the same length, got inconsistent numbers of samples: "
+            f"{sizes}."
+        )
+
+
+def hold_strings(labels: NDArray[Any]) -> bool:
+    """Check whether all labels are strings.
+
+    Parameters
+    ----------
+    labels : ndarray of shape (n,)
+
+    Returns
+    -------
+    bool
+    """
+    return all(isinstance(label, str) for label in labels.tolist())
 
 
 def check_known_labels(y: ArrayLike, classes: ArrayLike, source: str) -> None:
@@ -191,7 +313,8 @@ def check_shape(input_shape: Iterable[int] | None) -> tuple[int, ...] | None:
     """
     if input_shape is None:
         return None
-    sizes = tuple(plain_scalar(size) for size in input_shape)
+    with naming("input_shape"):
+        sizes = tuple(plain_scalar(size) for size in input_shape)
     are_sizes = [isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes]
     if not sizes or not all(are_sizes) or isinstance(input_shape, set | frozenset):
         raise ValueError(
@@ -262,8 +385,10 @@ def read_samples(X: Any, y: Any = None) -> tuple[Any, Any]:
     name = type(X).__name__
     loader = X if isinstance(X, DataLoader) else DataLoader(X, batch_size=READ_SAMPLES)
     try:
-        batches = [batch if isinstance(batch, list | tuple) else [batch] for batch in loader]
-    except RuntimeError as error:
+        # torch draws a seed for the workers of a loader, even if it has none.
+        with torch.random.fork_rng(devices=[]):
+            batches = [batch if isinstance(batch, list | tuple) else [batch] for batch in loader]
+    except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(f"X is a {name} of samples that make no batch: {error}") from error
     if not batches:
         raise ValueError(f"X is a {name} without any sample.")
@@ -303,6 +428,7 @@ def read_in_order(X: Any) -> Any:
     return read_samples(X)[0]
 
 
+@naming("X")
 def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
     """Flatten the samples of n-dimensional arrays and tensors, and leave all else as it is.
 
@@ -337,14 +463,14 @@ def flatten(X: Any) -> tuple[Any, tuple[int, ...]]:
     elif isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
         raise ValueError("X has masked values; fill them, or drop their samples.")
     elif not isinstance(X, np.ndarray) and _may_be_nested(X):
-        array = _nested_array(X)
-        X = array if array.ndim > 2 else X
+        X = _nested_array(X)
     if not isinstance(X, np.ndarray | torch.Tensor) or X.ndim < 3:
         return X, ()
     shape = tuple(X.shape[1:])
     return X.reshape(len(X), math.prod(shape)), shape
 
 
+@naming("X")
 def check_samples(
     X: Any, input_shape: Iterable[int] | None
 ) -> tuple[NDArray[Any] | torch.Tensor, tuple[int, ...]]:
@@ -413,10 +539,71 @@ def _plain_tensor(X: torch.Tensor) -> Samples:
         raise ValueError("X is a tensor on the meta device, which holds no values.")
     if X.is_complex():
         raise ValueError(f"Complex data not supported: X is a tensor of type {X.dtype}.")
+    if X.device.type == "cpu":
+        return as_array(X, "X")
     X = X.detach().resolve_neg()
-    if X.is_floating_point() and X.dtype not in (torch.float32, torch.float64):
-        X = X.float()
-    return X.numpy() if X.device.type == "cpu" else X
+    return X.float() if X.is_floating_point() and X.dtype not in WIDE_FLOATS else X
+
+
+def as_array(values: Any, name: str) -> NDArray[Any]:
+    """Convert values to an array; tensors may have a graph and be on any device.
+
+    Parameters
+    ----------
+    values : array-like, torch.Tensor or list of torch.Tensor
+    name : str
+        The parameter, for errors.
+
+    Returns
+    -------
+    ndarray
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are ragged, masked, or in a tensor that holds no values.
+    """
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} must not have masked values.")
+    if isinstance(values, list | tuple) and any(isinstance(v, torch.Tensor) for v in values):
+        values = [as_array(value, name) for value in values]
+    if isinstance(values, torch.Tensor):
+        values = _to_numpy_dtype(values, name)
+    try:
+        return np.asarray(values)
+    # RuntimeError: by tensors inside of lists, and by subclasses of tensors that hold no values.
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array: {error}") from error
+
+
+def is_dense(values: object) -> bool:
+    """Check for a tensor that holds a value for each element.
+
+    Parameters
+    ----------
+    values : object
+
+    Returns
+    -------
+    bool
+    """
+    return (
+        isinstance(values, torch.Tensor)
+        and not (values.is_nested or values.is_quantized or values.is_meta)
+        and values.layout == torch.strided
+    )
+
+
+def _to_numpy_dtype(values: torch.Tensor, name: str) -> torch.Tensor:
+    if not is_dense(values):
+        raise ValueError(
+            f"{name} must be a dense tensor that holds values, got one of layout {values.layout} "
+            f"and type {values.dtype} on {values.device}."
+        )
+    values = values.detach().cpu().resolve_conj().resolve_neg()
+    # numpy has no bfloat16, nor floats of 8 bits.
+    is_other = values.is_floating_point() and values.dtype not in NUMPY_FLOATS
+    return values.float() if is_other else values
 
 
 def plain_labels(y: Any) -> Any:
@@ -435,17 +622,17 @@ def plain_labels(y: Any) -> Any:
     ValueError
         If a tensor holds no values.
     """
+    if np.ma.is_masked(y):
+        raise ValueError("y must not have masked values.")
     if not isinstance(y, torch.Tensor):
         if str(getattr(y, "dtype", None)) == "object" and np.ndim(y) == 1:
             plain = np.asarray(list(y))
             return plain if plain.ndim == 1 and plain.dtype.kind in "biuf" else y
         return y
-    if y.is_meta or y.is_nested or y.layout != torch.strided:
-        raise ValueError("y must be a dense tensor that holds values, one label for each sample.")
-    y = y.detach().cpu()
-    return (y.float() if y.dtype == torch.bfloat16 else y).numpy()
+    return as_array(y, "y")
 
 
+@naming("X")
 def validate_flat(
     estimator: Any, X: Any, y: Any, *, reset: bool, keep_integers: bool
 ) -> tuple[Samples, NDArray[Any] | None]:
@@ -471,33 +658,26 @@ def validate_flat(
     ValueError
         If X or y does not fit.
     """
-    y = plain_labels(y)
-    shape = tuple(getattr(y, "shape", ()))
-    if len(shape) == 2 and shape[1] > 1:
-        raise ValueError(
-            f"y should be a 1d array, got an array of shape {shape} instead. Of one-hot labels, "
-            "pass y.argmax(axis=1)."
-        )
-    y_required = reset and get_tags(estimator).target_tags.required
     if isinstance(X, torch.Tensor):
         _validate_tensor(estimator, X, reset=reset)
-        if y is not None or y_required:
-            y = column_or_1d(y, warn=True)
-            check_consistent_length(X, y)
     else:
         float_type = DTYPE_OF[estimator.dtype]
         # Integers stay what they are, since float32 does not represent all of them.
         dtype = "numeric" if keep_integers else float_type
         if keep_integers:
             X = _plain_integers(X)
-        if y is None and not y_required:
-            X = validate_data(estimator, X, reset=reset, dtype=dtype)
-        else:
-            X, y = validate_data(estimator, X, y, reset=reset, dtype=dtype)
+        if isinstance(X, str):
+            raise TypeError(f"X must be an array or a tensor, got the string {X!r}.")
+        X = validate_data(estimator, X, reset=reset, dtype=dtype)
         if keep_integers and reset and X.dtype not in INTEGER_DTYPES:
             X = check_array(X, dtype=float_type, input_name="X", estimator=estimator)
     if y is not None:
-        check_classification_targets(y)
+        y = validate_labels(y, len(X))
+    elif reset and get_tags(estimator).target_tags.required:
+        name = type(estimator).__name__
+        raise ValueError(
+            f"This {name} estimator requires y to be passed, but the target y is None."
+        )
     return X, y
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
+
+from ._validation import naming
 
 # Samples of a block, at most, and blocks that are under way for each thread of the workers: one
 # that is computed, and one that waits for it.
@@ -88,10 +91,9 @@ def predict(
     True
     """
     check_is_fitted(estimator)
-    if not callable(getattr(estimator, method, None)):
+    if not isinstance(method, str) or not callable(getattr(estimator, method, None)):
         raise ValueError(f"method={method!r} is no method of {type(estimator).__name__}.")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size={block_size} must be 1 or more, or None.")
+    _check_block_size(block_size)
     client = _find_client(client)
     n_threads = sum(client.nthreads().values())
     if not n_threads:
@@ -100,27 +102,40 @@ def predict(
         )
     if hasattr(X, "map_blocks"):
         return _predict_chunks(estimator, X, client, method)
-    if len(X) == 0:
+    if not hasattr(X, "__getitem__") or isinstance(X, str | bytes | Mapping):
+        raise TypeError(f"X must be an array, got a {type(X).__name__}.")
+    with naming("X"):
+        n_samples = len(X)
+    if n_samples == 0:
         return getattr(estimator, method)(X)  # which says what is wrong
-    size = block_size or min(LARGEST_BLOCK, math.ceil(len(X) / (BLOCKS_UNDER_WAY * n_threads)))
-    blocks = [slice(start, start + size) for start in range(0, len(X), size)]
+    size = block_size or min(LARGEST_BLOCK, math.ceil(n_samples / (BLOCKS_UNDER_WAY * n_threads)))
+    blocks = [slice(start, start + size) for start in range(0, n_samples, size)]
     answers: list[Any] = [None] * len(blocks)
-    with tqdm(total=len(X), desc=method, unit="sample", disable=not verbose) as bar:
+    with tqdm(total=n_samples, desc=method, unit="sample", disable=not verbose) as bar:
         for number, answer in _run(estimator, X, client, method, blocks, n_threads):
             answers[number] = answer
-            bar.update(len(range(*blocks[number].indices(len(X)))))
+            bar.update(len(range(*blocks[number].indices(n_samples))))
     return _join(answers)
+
+
+def _check_block_size(block_size: Any) -> None:
+    if block_size is not None and (not isinstance(block_size, Integral) or block_size < 1):
+        raise ValueError(f"block_size={block_size!r} must be 1 or more, or None.")
 
 
 def _find_client(client: Any) -> Any:
     try:
-        from distributed import default_client
+        from distributed import Client, default_client
     except ImportError as error:
         raise ImportError(
             "distributed.predict requires Dask. You can install it with "
             "`pip install sklearn-rails[dask]`."
         ) from error
     if client is not None:
+        if not isinstance(client, Client):
+            raise TypeError(
+                f"client must be a dask.distributed.Client, got {type(client).__name__}."
+            )
         return client
     try:
         return default_client()

@@ -23,6 +23,7 @@ from torch import nn
 
 from ._archive import ArchiveReader, replacing, write_array, write_bytes, write_manifest
 from ._encoding import ESTIMATORS, Decoder, Encoder
+from ._validation import naming
 from ._version import __version__
 from .features import FeatureMap, FrozenModule
 from .features.contents import checksum
@@ -79,11 +80,13 @@ def save(estimator: BaseEstimator, path: str | os.PathLike[str]) -> None:
             f"estimator must be one of {names}, got {type(estimator).__name__}. Pickle pipelines "
             "and searches, or save the estimator inside."
         )
+    with naming("path"):
+        path = Path(path)
     encoder = Encoder(_network_names(estimator))
     root = encoder.encode(estimator, type(estimator).__name__)
     weights = [_weights(module) for module, _ in encoder.networks]
     with (
-        replacing(Path(path)) as file,
+        replacing(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
         arrays = [
@@ -180,7 +183,8 @@ def load(
     if mmap_mode not in (None, "r"):
         raise ValueError(f"mmap_mode={mmap_mode!r} must be None or 'r'.")
     modules = _as_list(module)
-    path = Path(path)
+    with naming("path"):
+        path = Path(path)
     with path.open("rb") as file:
         reader = ArchiveReader(file, path, maps=mmap_mode == "r")
         _check_format(reader, path)

@@ -247,7 +247,10 @@ def test_pickling_and_cloning(conv_net, digits):
         ({"calibration": np.array([X_CAL, X_CAL])}, "'calibration' parameter"),
         ({"calibration": ("ab", "cd")}, r"calibration=\(X_cal, y_cal\)"),
         ({"calibration": (X_CAL, ["a", "a", "b", "z"])}, r"classes that y has not: \['z'\]"),
-        ({"calibration": (X_CAL, ["a"])}, r"y_cal has shape \(1,\), but X_cal has 4 samples"),
+        (
+            {"calibration": (X_CAL, ["a"])},
+            r"y_cal must have a label .* found 1 labels, but 4 samples",
+        ),
         ({"calibration": (np.ones((2, 3)), ["a", "b"])}, "X_cal, y_cal.*3 features"),
         ({"p_value": "exact"}, "'p_value' parameter"),
         ({"n_neighbors": 0}, "'n_neighbors' parameter"),

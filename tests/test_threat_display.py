@@ -73,7 +73,7 @@ def test_an_infinite_threshold_is_not_drawn():
         (([1.0], {"a": []}), r"attacked\['a'\] must have the score"),
         (([1.0], {}), "attacked={} must have the scores of one attack"),
         (([1.0, np.nan], {"a": [1.0]}), "contains NaN"),
-        (([[1.0, 2.0]], {"a": [1.0]}), "1d array"),
+        (([[1.0, 2.0]], {"a": [1.0]}), "one-dimensional"),
     ],
 )
 def test_invalid_scores_are_refused_before_a_figure_is_created(scores, message):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils import check_random_state
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 from tqdm.auto import tqdm
@@ -21,6 +21,7 @@ from .._base import as_fitted, validate_rows
 from .._compat import Interval, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
+from .._validation import check_same_length, naming, plain_scalar
 from ..features.device import RandomStateGuard
 from ..metrics._arrays import check_labels
 from ..neighbors import ClassNeighbors
@@ -199,7 +200,7 @@ class AdaptiveKNNAttack:
         estimator = as_fitted(estimator)
         validate_parameter_constraints(
             self._parameter_constraints,
-            {name: parameters[name] for name in self._parameter_constraints},
+            {name: plain_scalar(parameters[name]) for name in self._parameter_constraints},
             caller_name=type(self).__name__,
         )
         if estimator.feature_map_.integer_input:
@@ -208,8 +209,10 @@ class AdaptiveKNNAttack:
                 "attack needs gradients, and with them a continuous input."
             )
         self.estimator = estimator
-        self.eps = float(eps)
-        self.step = self.eps / 8 if step is None else float(step)
+        with naming("eps"):
+            self.eps = float(eps)
+        with naming("step"):
+            self.step = self.eps / 8 if step is None else float(step)
         self.max_iter, self.n_restarts, self.refresh = int(max_iter), int(n_restarts), int(refresh)
         self.n_targets = int(n_targets)
         self.threat_weight, self.clip, self.verbose = threat_weight, clip, verbose
@@ -314,14 +317,16 @@ class AdaptiveKNNAttack:
     def _validate(
         self, X: ArrayLike | Tensor, y: ArrayLike | Tensor, name: str
     ) -> tuple[NDArray[Any] | Tensor, NDArray[np.intp]]:
-        samples = validate_rows(self.estimator, X)
-        y = check_labels(y, "y_train" if name == "X_train" else "y")
-        check_consistent_length(samples, y)
+        labels_name = name.replace("X", "y")
+        with naming(name):
+            samples = validate_rows(self.estimator, X)
+        y = check_labels(y, labels_name)
+        check_same_length(**{name: samples, labels_name: y})
         classes = check_labels(self.estimator.classes_, "classes_")
         known = np.isin(y, classes)
         if not known.all():
             raise ValueError(
-                f"{name} comes with classes that the estimator does not know: "
+                f"{labels_name} has classes that the estimator does not know: "
                 f"{np.unique(y[~known])}."
             )
         return samples, np.searchsorted(classes, y)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils import check_random_state
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -17,7 +17,7 @@ from .._base import NETWORK_CONSTRAINTS
 from .._blocks import halve_until_it_fits
 from .._compat import Interval, StrOptions, validate_parameter_constraints
 from .._extractor import TorchFeatureExtractor
-from .._validation import check_samples
+from .._validation import check_same_length, check_samples, naming, plain_scalar
 from ..features import FeatureMap
 from ..features.frozen import as_module
 from ..metrics._arrays import check_labels
@@ -145,7 +145,9 @@ def pgd(
     """
     parameters = locals()
     validate_parameter_constraints(
-        CONSTRAINTS, {name: parameters[name] for name in CONSTRAINTS}, caller_name="pgd"
+        CONSTRAINTS,
+        {name: plain_scalar(parameters[name]) for name in CONSTRAINTS},
+        caller_name="pgd",
     )
     if isinstance(network, TorchFeatureExtractor):
         input_shape = network.input_shape if input_shape is None else input_shape
@@ -168,7 +170,9 @@ def pgd(
                 "continuous input."
             )
         samples = feature_map.to_device(rows)
-        ball = Ball(samples, float(eps), clip)
+        with naming("eps"):
+            eps = float(eps)
+        ball = Ball(samples, eps, clip)
         ball.check(samples, "X")
         labels = _check_classes(y, samples, feature_map)
         low, high = ball.bounds(samples)
@@ -176,7 +180,8 @@ def pgd(
         if random_start:
             noise = check_random_state(random_state).uniform(-eps, eps, size=tuple(samples.shape))
             attacked = (samples + torch.from_numpy(noise).to(samples)).clamp(low, high)
-        step = 2.5 * float(eps) / max_iter if step is None else float(step)
+        with naming("step"):
+            step = 2.5 * eps / max_iter if step is None else float(step)
         has_slope = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
 
         def attack(block: slice) -> None:
@@ -208,7 +213,7 @@ def _check_classes(y: Any, samples: Tensor, feature_map: FeatureMap) -> Tensor:
     if y is None:
         return feature_map.predict(samples)
     labels = check_labels(y, "y")
-    check_consistent_length(samples, labels)
+    check_same_length(X=samples, y=labels)
     n_classes = max(2, feature_map.outputs(samples[:1]).shape[1])
     if labels.dtype.kind == "U" or not np.isin(labels, np.arange(n_classes)).all():
         raise ValueError(

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn import get_config
-from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils import check_random_state
 
-from .._validation import check_samples, find_user_level, validate_labels
+from .._validation import check_samples, find_user_level, naming, validate_labels
 from .device import is_out_of_memory
 from .frozen import as_module
 from .mapping import Array, FeatureMap
@@ -443,15 +443,17 @@ def choose_layers(
         batch_size="auto",
         parameter="network",
     )
-    labels = validate_labels(y)
-    check_consistent_length(rows, labels)
+    labels = validate_labels(y, len(rows))
     if len(rows) < MIN_SAMPLES:
         raise ValueError(f"X must have {MIN_SAMPLES} samples or more, got {len(rows)}.")
     features.probe(rows)
     if features.integer_input:
         raise TypeError("network takes integers, which cannot be attacked by small steps.")
-    seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)
-    radius = None if eps is None else float(eps)
+    with naming("random_state"):
+        rng = check_random_state(random_state)
+    seed = rng.randint(np.iinfo(np.int32).max)
+    with naming("eps"):
+        radius = None if eps is None else float(eps)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             return score_layers(

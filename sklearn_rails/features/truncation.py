@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._validation import naming
 from .contents import StateKey
 from .copying import halve_weights, private_copy, reachable
 from .hooks import HookKey, remove_hook
@@ -197,7 +198,8 @@ class TruncatedNetwork:
             raise ValueError(f"{parameter}={layers!r} has no order; give a list or a tuple.")
         known = [*self.layers, INPUT] + ([] if self.module is None else [self.output])
         is_list = isinstance(layers, Iterable) and not isinstance(layers, str | nn.Module)
-        names: tuple[Any, ...] = tuple(layers) if is_list else (layers,)
+        with naming(parameter):
+            names: tuple[Any, ...] = tuple(layers) if is_list else (layers,)
         others = [name for name in names if not isinstance(name, str)]
         if others:
             example = next((str(o) for o in others if str(o) in known), known[0])
@@ -366,16 +368,19 @@ class TruncatedNetwork:
             tensor = tensor.dequantize()
         is_usable = (
             tensor.layout == torch.strided
+            and not (tensor.is_nested or tensor.is_meta)
             and tensor.is_floating_point()
             and tensor.ndim > 0
             and len(tensor) == n_inputs
             and tensor.shape[1:].numel() > 0
         )
         if not is_usable:
+            shape = "that differs between inputs" if tensor.is_nested else tuple(tensor.shape)
             raise LayerError(
                 f"layers={name!r}: for {n_inputs} input(s) the network gives a tensor of shape "
-                f"{tuple(tensor.shape)} and type {tensor.dtype} there, but a layer must give "
-                "floats, one row or more values for each input. Name a layer that does."
+                f"{shape} and type {tensor.dtype} there on {tensor.device}, but "
+                "a layer must give floats, one row or more values for each input. Name a layer "
+                "that does."
             )
         return tensor.to(self.dtype)
 

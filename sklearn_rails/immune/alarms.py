@@ -4,8 +4,9 @@ import reprlib
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+from .._validation import as_array
 
 
 def check_alarms(predictions: object, n_samples: int) -> NDArray[np.bool_]:
@@ -64,11 +65,9 @@ def check_threat_scores(scores: object, n_samples: int) -> NDArray[np.float64]:
 
 def _as_numbers(values: Any) -> NDArray[np.float64]:
     """Return float64, without dimensions where the values are not an array of numbers."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
     try:
-        array = np.asarray(values)
-    except (TypeError, ValueError):  # lists of unequal lengths
+        array = as_array(values, "threat_scorer")
+    except (TypeError, ValueError):  # lists of unequal lengths, tensors without values
         return np.array(np.nan)
     return array.astype(np.float64) if array.dtype.kind in "iuf" else np.array(np.nan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 from sklearn.utils.validation import check_is_fitted
 
+from .._rails import RAILSClassifier
+from .._validation import as_array, naming
 from ..immune import ImmuneResponse
-from ._matplotlib import COLORS, MARKERS, check_matplotlib
+from ._matplotlib import COLORS, MARKERS, check_drawable, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,6 +137,10 @@ class AffinityCurveDisplay:
             As :meth:`from_response`, or if the samples do not fit the classifier.
         """
         check_matplotlib(f"{cls.__name__}.from_estimator")
+        if not isinstance(estimator, RAILSClassifier):
+            raise TypeError(
+                f"estimator must be a fitted RAILSClassifier, got {type(estimator).__name__}."
+            )
         check_is_fitted(estimator)
         sets = X if isinstance(X, Mapping) else {None: X}
         responses = {label: estimator.respond(samples) for label, samples in sets.items()}
@@ -189,14 +196,16 @@ class AffinityCurveDisplay:
         )
         if not responses:
             raise ValueError("response={} must have one response or more.")
-        if layer is None:
-            layer = next(iter(next(iter(responses.values())).affinity_curve))
         for label, one in responses.items():
-            if layer not in one.affinity_curve:
+            if not isinstance(one, ImmuneResponse):
+                raise TypeError(f"response must be an ImmuneResponse, got {type(one).__name__}.")
+            if layer is not None and not (isinstance(layer, str) and layer in one.affinity_curve):
                 owner = "response" if label is None else f"response[{label!r}]"
                 raise ValueError(
                     f"layer={layer!r} is none of the layers {list(one.affinity_curve)} of {owner}."
                 )
+        if layer is None:
+            layer = next(iter(next(iter(responses.values())).affinity_curve))
         curves = {label: one.affinity_curve[layer] for label, one in responses.items()}
         return cls(curves, layer=layer, confidence=confidence).plot(ax=ax, **line_kwargs)
 
@@ -229,6 +238,7 @@ class AffinityCurveDisplay:
 
         # Computed before a figure is created, so that an error leaves no empty one behind.
         intervals = self._intervals()
+        check_drawable(ax, "ax", "fill_between")
         if ax is None:
             _, ax = plt.subplots(layout="constrained")
         self.lines_, self.bands_ = [], []
@@ -256,7 +266,7 @@ class AffinityCurveDisplay:
 
     def __repr__(self) -> str:
         sizes = [
-            f"{len(np.asarray(curves))} {'samples' if label is None else label}"
+            f"{len(as_array(curves, 'curves'))} {'samples' if label is None else label}"
             for label, curves in self.curves.items()
         ]
         return f"{type(self).__name__}({', '.join([*sizes, f'layer={self.layer!r}'])})"
@@ -265,7 +275,7 @@ class AffinityCurveDisplay:
         """Return the mean and half the width of its confidence interval, for each label."""
         if not self.curves:
             raise ValueError(f"curves={self.curves!r} must have the curves of one line or more.")
-        if not 0 < self.confidence < 1:
+        if not (isinstance(self.confidence, Real) and 0 < self.confidence < 1):
             raise ValueError(
                 f"confidence={self.confidence!r} must be between 0 and 1, both excluded."
             )
@@ -282,7 +292,8 @@ class AffinityCurveDisplay:
 
 def _carry_forward(label: str | None, curves: ArrayLike) -> NDArray[np.float64]:
     """Fill the generations after a sample has stopped with its last affinity."""
-    array = np.asarray(curves, dtype=np.float64)
+    with naming(f"curves[{label!r}]"):
+        array = as_array(curves, f"curves[{label!r}]").astype(np.float64)
     if array.ndim != 2 or array.size == 0:
         raise ValueError(
             f"curves[{label!r}] has shape {array.shape}; it must be (n, generations + 1), with "

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 
+from .._base import validate_rows
+from .._rails import RAILSClassifier
+from .._validation import validate_labels
 from ..immune import ImmuneResponse
-from ._matplotlib import COLORS, MISCLASSIFIED, check_matplotlib
+from ._matplotlib import COLORS, MISCLASSIFIED, check_drawable, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,25 +155,33 @@ class ImmuneResponseDisplay:
             numbers of labels and inputs differ.
         """
         check_matplotlib(f"{cls.__name__}.from_estimator")
+        if not isinstance(estimator, RAILSClassifier):
+            raise TypeError(
+                f"estimator must be a fitted RAILSClassifier, got {type(estimator).__name__}."
+            )
         check_is_fitted(estimator)
+        check_drawable(figure, "figure", "subplots")
+        if not isinstance(n_plasma, Integral) or n_plasma < 0:
+            raise ValueError(f"n_plasma={n_plasma!r} must be an integer, 0 or more.")
         layer = estimator.layers_[0] if layer is None else layer
-        if layer not in estimator.layers_:
+        if not (isinstance(layer, str) and layer in estimator.layers_):
             raise ValueError(f"layer={layer!r} is none of the layers {list(estimator.layers_)}.")
         if n_plasma > 0 and estimator.start_layer is not None:
             raise ValueError(
                 f"With start_layer={estimator.start_layer!r} cells are not images; pass n_plasma=0 "
                 "to leave them out."
             )
-        images = _as_images(X, estimator.input_shape_)
+        images = _as_images(validate_rows(estimator, X), estimator.input_shape_)
         examples = np.concatenate(
             [
                 _as_images(estimator.training_data()[0], estimator.input_shape_),
                 _remembered_images(estimator, layer),
             ]
         )
-        true = None if y is None else column_or_1d(y)
-        network = None if network_labels is None else column_or_1d(network_labels)
-        check_consistent_length(images, true, network)
+        true = None if y is None else validate_labels(y, len(images))
+        network = None
+        if network_labels is not None:
+            network = validate_labels(network_labels, len(images), "network_labels")
 
         response = estimator.respond(X)
         nearest = estimator.kneighbors(X)[1][layer][:, :, 0]

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import clone
-from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from .._base import as_fitted, feature_map, validate_rows
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
-from ._matplotlib import COLORS, check_matplotlib
+from .._validation import check_same_length, naming
+from ..metrics._arrays import check_labels
+from ._matplotlib import COLORS, check_drawable, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,15 +158,15 @@ class LayerDisplay:
             )
         fitted = as_fitted(estimator)
         X_train, y_train = fitted.training_data()
-        labels = column_or_1d(y)
+        labels = check_labels(y, "y")
         attacked = attack(X, y) if callable(attack) else attack
         sets = []
         for name, samples in (("X", X), ("attack", attacked)):
             try:
                 rows = validate_rows(fitted, samples)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} has invalid samples: {error}") from error
-            check_consistent_length(rows, labels)
+            check_same_length(**{name: rows, "y": labels})
             sets.append(rows.reshape(len(rows), *X_train.shape[1:]))
 
         unfitted = clone(fitted)
@@ -176,7 +177,9 @@ class LayerDisplay:
         if layers is None:
             layers = _find_layers(fitted, X_train)
         measured: dict[str, tuple[float, float, float]] = {}
-        for layer in [layers] if isinstance(layers, str) else layers:
+        with naming("layers"):
+            names = [layers] if isinstance(layers, str) else list(layers)
+        for layer in names:
             alone = clone(unfitted).set_params(layers=layer).fit(X_train, y_train)
             (clean, first), (robust, second) = (_measure(alone, rows, labels) for rows in sets)
             measured[layer] = clean, robust, min(first, second)
@@ -213,6 +216,7 @@ class LayerDisplay:
         check_matplotlib(f"{type(self).__name__}.plot")
         import matplotlib.pyplot as plt
 
+        check_drawable(ax, "ax", "hlines")
         places = np.arange(len(self.layers))
         if ax is None:
             _, ax = plt.subplots(figsize=(6.4, 1.4 + 0.32 * len(places)), layout="constrained")

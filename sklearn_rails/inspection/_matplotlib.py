@@ -10,6 +10,29 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MISCLASSIFIED = "\N{BALLOT X}"
 
 
+def check_drawable(value: object, name: str, method: str) -> None:
+    """Check for matplotlib axes or a figure.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        The parameter, for the error.
+    method : str
+        What it is needed for.
+
+    Raises
+    ------
+    TypeError
+        If it is neither None nor an object with this method.
+    """
+    if value is not None and (isinstance(value, type) or not hasattr(value, method)):
+        raise TypeError(
+            f"{name} must be of matplotlib, with the method {method}, or None, got "
+            f"{type(value).__name__}."
+        )
+
+
 def check_matplotlib(caller: str) -> None:
     """Raise an error with installation instructions if matplotlib is missing.
 

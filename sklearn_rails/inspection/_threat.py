@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import auc, roc_curve
-from sklearn.utils import assert_all_finite, column_or_1d
+from sklearn.utils import assert_all_finite
 
-from ._matplotlib import COLORS, LINE_STYLES, check_matplotlib
+from .._validation import as_array, naming
+from ..metrics._arrays import check_scores
+from ._matplotlib import COLORS, LINE_STYLES, check_drawable, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,11 +116,22 @@ class ThreatDisplay:
             As :meth:`plot`.
         """
         check_matplotlib(f"{cls.__name__}.from_estimator")
+        if isinstance(estimator, type) or not hasattr(estimator, "score_samples"):
+            raise TypeError(
+                "estimator must be a fitted outlier detector with score_samples, got "
+                f"{type(estimator).__name__}."
+            )
+
+        def threat_of(samples: Any, name: str) -> NDArray[Any]:
+            with naming(name):
+                scores = check_scores(estimator.score_samples(samples), "estimator: score_samples")
+            return -scores.astype(np.float64)
+
         attacked = X_attacked if isinstance(X_attacked, Mapping) else {"attacked": X_attacked}
         offset = getattr(estimator, "offset_", None)
         return cls.from_predictions(
-            -estimator.score_samples(X),
-            {name: -estimator.score_samples(samples) for name, samples in attacked.items()},
+            threat_of(X, "X"),
+            {name: threat_of(samples, "X_attacked") for name, samples in attacked.items()},
             threshold=None if offset is None else -offset,
             axes=axes,
         )
@@ -192,15 +206,20 @@ class ThreatDisplay:
             raise ValueError(f"attacked={self.attacked!r} must have the scores of one attack.")
         threat = _check_scores("threat", self.threat)
         attacked = {k: _check_scores(f"attacked[{k!r}]", v) for k, v in self.attacked.items()}
-        if axes is None:
-            _, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        pair = np.asarray(axes)
-        if pair.shape != (2,):
+        if not (self.threshold is None or isinstance(self.threshold, Real)):
+            raise TypeError(f"threshold={self.threshold!r} must be a number, or None.")
+        pair = None if axes is None else as_array(axes, "axes")
+        if pair is not None and pair.shape != (2,):
             raise ValueError(
                 f"axes must be two matplotlib Axes, got an array of shape {pair.shape}."
             )
+        if pair is None:
+            _, pair = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for ax in pair:
+            check_drawable(ax, "axes", "hist")
         histogram, curves = pair
-        edges = np.histogram_bin_edges(np.concatenate([threat, *attacked.values()]), bins=30)
+        with naming("threat"):  # whose range may be too large or too small for bins
+            edges = np.histogram_bin_edges(np.concatenate([threat, *attacked.values()]), bins=30)
         histogram.hist(threat, bins=edges, density=True, label="clean", color="0.75")
         self.roc_auc_ = {}
         for i, (name, scores) in enumerate(attacked.items()):
@@ -236,7 +255,7 @@ class ThreatDisplay:
 
 
 def _check_scores(name: str, scores: ArrayLike) -> NDArray[Any]:
-    array: NDArray[Any] = column_or_1d(scores)
+    array = check_scores(scores, name).astype(np.float64)
     if len(array) == 0:
         raise ValueError(f"{name} must have the score of one sample or more.")
     assert_all_finite(array, input_name=name)

@@ -9,25 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-
-def as_array(values: ArrayLike | torch.Tensor) -> NDArray[Any]:
-    """Convert values to an array; tensors may have a graph and be on any device.
-
-    Parameters
-    ----------
-    values : array-like, torch.Tensor or list of torch.Tensor
-
-    Returns
-    -------
-    ndarray
-    """
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16.
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    if isinstance(values, list | tuple) and any(isinstance(v, torch.Tensor) for v in values):
-        values = [as_array(v) for v in values]
-    return np.asarray(values)
+from .._validation import as_array
 
 
 def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
@@ -48,7 +30,7 @@ def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
     ValueError
         If the values are ragged, masked, or not real numbers.
     """
-    array = _unmasked(values, name)
+    array = as_array(values, name)
     if array.dtype == object and all(isinstance(v, Real | np.bool_) for v in array.flat):
         array = array.astype(np.float64)
     if array.dtype.kind not in "biuf":
@@ -99,24 +81,16 @@ def check_labels(labels: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
     ValueError
         If the labels are anything else, or not one-dimensional.
     """
-    array = _unmasked(labels, name)
+    array = as_array(labels, name)
     if array.dtype.kind in "UT" or (
         array.dtype == object and all(isinstance(v, str) for v in array.flat)
     ):
-        return _one_dimensional(array.astype(str), name)
+        # By way of objects: numpy does not know how long the strings of its variable type are.
+        return _one_dimensional(array.astype(object).astype(str), name)
     array = check_scores(array, name)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} contains infinity.")
     return array
-
-
-def _unmasked(values: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
-    if np.ma.is_masked(values):
-        raise ValueError(f"{name} must not have masked values.")
-    try:
-        return as_array(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be an array: {error}") from error
 
 
 def _one_dimensional(array: NDArray[Any], name: str) -> NDArray[Any]:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
-from sklearn.utils import check_consistent_length
 
+from .._validation import check_same_length
 from ._arrays import check_scores
 
 
@@ -147,7 +147,7 @@ def _check(
 ) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
     """Check the arguments, and replace the threat scores by their ranks."""
     labels, scores = check_scores(y_true, "y_true"), check_scores(threat, "threat")
-    check_consistent_length(labels, scores)
+    check_same_length(y_true=labels, threat=scores)
     is_attacked = labels.astype(bool)
     if is_attacked.all() or not is_attacked.any():
         raise ValueError(

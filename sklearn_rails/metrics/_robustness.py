@@ -19,13 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.metrics import accuracy_score
 from sklearn.pipeline import Pipeline
-from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
 from .._base import validate_rows
 from .._extractor import TorchFeatureExtractor
+from .._validation import as_array, check_same_length, naming, validate_weights
 from ..features.frozen import as_module, freeze
-from ._arrays import as_array, as_numbers, check_labels, check_scores
+from ._arrays import as_numbers, check_labels
 
 Attack = Callable[[torch.nn.Module, NDArray[Any], NDArray[Any]], ArrayLike | torch.Tensor]
 
@@ -70,12 +70,8 @@ def robust_accuracy_score(
     predicted = [check_labels(y, f"y_attacked[{i}]") for i, y in enumerate(y_attacked)]
     weights = None
     if sample_weight is not None:
-        weights = check_scores(sample_weight, "sample_weight")
-        if not np.isfinite(weights).all() or not (weights >= 0).all():
-            raise ValueError("sample_weight must be finite and 0 or more.")
-        if not weights.any():
-            raise ValueError("sample_weight must have a weight above 0.")
-    check_consistent_length(labels, *predicted, weights)
+        weights = validate_weights(sample_weight, len(labels))
+    check_same_length(y_true=labels, **{f"y_attacked[{i}]": y for i, y in enumerate(predicted)})
     if len(labels) == 0:
         raise ValueError("y_true has no samples.")
     for i, y in enumerate(predicted):
@@ -189,14 +185,15 @@ class _RobustScorer:
             estimator = estimator[-1]
         network = _find_network(estimator)
         # A tensor if X is on a GPU.
-        samples = as_array(validate_rows(estimator, X))
+        samples = as_array(validate_rows(estimator, X), "X")
         samples = samples.reshape(len(samples), *estimator.input_shape_)
         labels = check_labels(y, "y")
-        check_consistent_length(samples, labels)
+        check_same_length(X=samples, y=labels)
         attacked = self._attacked(
             network, samples, _encode(labels, estimator.classes_), estimator.feature_map_.dtype
         )
-        return robust_accuracy_score(labels, estimator.predict(attacked))
+        with naming("y"):
+            return robust_accuracy_score(labels, estimator.predict(attacked))
 
     def _attacked(
         self, network: torch.nn.Module, X: NDArray[Any], y: NDArray[np.int64], dtype: torch.dtype

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._validation import is_dense
 from .base import Affinity, DistanceAffinity, Numbers, ProductAffinity, product_rounding
 from .geometry import Geometry
 from .norms import dtype_name, is_within, norm, normalize_rows
@@ -264,8 +265,8 @@ class CallableAffinity(Affinity):
         n, k, d = features.shape
         antigens, features = antigens.repeat_interleave(k, dim=0), features.reshape(n * k, d)
         given: Any = self.function(antigens, features)
-        if not isinstance(given, Tensor) or given.shape != (n * k,):
-            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if not is_dense(given) or given.shape != (n * k,):
+            got = tuple(given.shape) if is_dense(given) else type(given).__name__
             raise ValueError(
                 f"affinity must give a tensor of shape (n,) for two of shape (n, n_features); for "
                 f"n={n * k} it gave {got}."

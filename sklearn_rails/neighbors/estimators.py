@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from .._validation import as_array
 from .base import Affinity
 from .geometry import Geometry
 from .order import ClassOrder
@@ -122,7 +123,8 @@ class EstimatorSearch(Search):
         if index is None:
             return np.full((len(rows), 0), -1)
         k = min(n_neighbors + SLACK, len(members))
-        found = np.asarray(index.kneighbors(rows, n_neighbors=k, return_distance=False))
+        given = index.kneighbors(rows, n_neighbors=k, return_distance=False)
+        found = as_array(given, "algorithm")
         if found.shape != (len(rows), k) or found.dtype.kind not in "iu":
             raise ValueError(
                 f"algorithm={self._algorithm!r}: kneighbors must give whole numbers of shape "

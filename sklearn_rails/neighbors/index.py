@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._compat import HasMethods, Interval, StrOptions, validate_parameter_constraints
 from .._conformal import sample_rows
+from .._validation import as_array
 from .affinity import Euclidean, resolve_affinity
 from .base import ProductAffinity
 from .estimators import EstimatorSearch
@@ -20,6 +23,17 @@ from .order import ClassOrder
 from .search import Recompute, Search, measure_geometry
 from .sketch import make_sketch
 from .store import BLOCK_BYTES, TYPICAL_ROWS, ExactNeighbors, ExampleStore
+
+# Sizes of tensors, and numbers of threads, beyond this overflow before memory runs out.
+LARGEST_SIZE = 2**31 - 1
+
+N_JOBS_CONSTRAINT = [None, Interval(Integral, -LARGEST_SIZE, LARGEST_SIZE, closed="both")]
+
+ALGORITHM_CONSTRAINT = [
+    StrOptions({"auto", "brute", "kd_tree", "ball_tree"}),
+    ExactNeighbors,
+    HasMethods(["fit", "kneighbors"]),
+]
 
 
 class ClassNeighbors:
@@ -77,6 +91,11 @@ class ClassNeighbors:
     def __init__(
         self, affinity: Any = "euclidean", algorithm: Any = "auto", n_jobs: int | None = None
     ) -> None:
+        validate_parameter_constraints(
+            {"algorithm": ALGORITHM_CONSTRAINT, "n_jobs": N_JOBS_CONSTRAINT},
+            {"algorithm": algorithm, "n_jobs": n_jobs},
+            caller_name="ClassNeighbors",
+        )
         self.affinity = resolve_affinity(affinity)
         self.algorithm = algorithm
         self.n_jobs = n_jobs
@@ -107,7 +126,10 @@ class ClassNeighbors:
         ValueError
             If features are not finite, or as :meth:`start` and :meth:`build` raise it.
         """
+        _check_features(features, "features")
         self.start(y, n_classes)
+        if len(y) != len(features):
+            raise ValueError(f"y has {len(y)} labels, but features has {len(features)} rows.")
         # Of all examples, which the first block need not be typical of.
         sample = features[sample_rows(len(features), TYPICAL_ROWS, rng=0)]
         self._allocate(self.affinity.prepare(sample))
@@ -138,6 +160,14 @@ class ClassNeighbors:
         ValueError
             If the storage is unknown, or does not go with the affinity.
         """
+        _check_count(n_classes, "n_classes")
+        y = as_array(y, "y")
+        is_valid = y.ndim == 1 and y.dtype.kind in "iu"
+        if not is_valid or (len(y) and not 0 <= y.min() <= y.max() < n_classes):
+            raise ValueError(
+                f"y must hold integers from 0 to {n_classes - 1} in one dimension, got shape "
+                f"{y.shape} of {y.dtype}."
+            )
         is_exact = isinstance(self.algorithm, ExactNeighbors)
         exact = self.algorithm if is_exact else ExactNeighbors()
         self.store = exact.make_store(self.affinity)
@@ -266,6 +296,13 @@ class ClassNeighbors:
         ValueError
             If an affinity is NaN or cannot be represented, or an index gives no valid positions.
         """
+        _check_features(queries, "queries")
+        if queries.shape[1] != self.store.examples.shape[1]:
+            raise ValueError(
+                f"queries has {queries.shape[1]} features, but the examples have "
+                f"{self.store.examples.shape[1]}."
+            )
+        _check_count(n_neighbors, "n_neighbors")
         if self.needs_recompute and recompute is None:
             raise ValueError(
                 "storage='float16' keeps no example in full precision: give recompute."
@@ -440,3 +477,22 @@ def merge_flocks(
     ranking = affinity.sort(dim=2, descending=True, stable=True)
     best = ranking.indices[..., :n_neighbors]
     return ranking.values[..., :n_neighbors], index.gather(2, best)
+
+
+def _check_count(value: Any, name: str) -> None:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer.")
+
+
+def _check_features(features: Any, name: str) -> None:
+    is_usable = (
+        isinstance(features, Tensor)
+        and features.is_floating_point()
+        and not (features.is_nested or features.is_meta)
+        and features.layout == torch.strided
+    )
+    if not (is_usable and features.ndim == 2):
+        got = tuple(features.shape) if is_usable else type(features).__name__
+        raise TypeError(
+            f"{name} must be a torch.Tensor of floats of shape (n, n_features), got {got}."
+        )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._validation import is_dense
 from .base import Affinity
 from .geometry import DeviceTensors, Geometry
 from .norms import dtype_name, norm
@@ -112,8 +113,17 @@ class Search(DeviceTensors):
             The features may be overwritten.
         """
         if recompute is not None:
-            return lambda places: self.prepare(recompute(self.order.index[places]))
+            return lambda places: self._recompute(places, recompute)
         return lambda places: self.store.take(places, like)
+
+    def _recompute(self, places: Tensor, recompute: Recompute) -> Tensor:
+        features = recompute(self.order.index[places])
+        expected = (len(places), self.store.examples.shape[1])
+        is_usable = is_dense(features) and features.is_floating_point()
+        if not is_usable or features.shape != expected:
+            got = f"one of shape {tuple(features.shape)}" if is_usable else type(features).__name__
+            raise ValueError(f"recompute must return floats of shape {expected}, got {got}.")
+        return self.prepare(features)
 
     def rank(
         self, queries: Tensor, places: Tensor, n_neighbors: int, take: Take

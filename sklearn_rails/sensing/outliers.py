@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import OutlierMixin, clone
 
+from .._validation import as_array
 from .base import Detector
 from .samples import CleanSamples, Query
 
@@ -71,8 +72,13 @@ class OutlierDetector(Detector):
         return np.stack(columns, axis=1)
 
     def _scores(self, layer: str, features: NDArray[Any]) -> NDArray[np.float64]:
-        found = getattr(self.estimators_[layer], self._function)(features)
-        scores: NDArray[np.float64] = np.asarray(found, dtype=np.float64)
+        found = as_array(getattr(self.estimators_[layer], self._function)(features), "method")
+        if found.dtype.kind not in "biuf":
+            raise ValueError(
+                f"method: {self._function} of {self.estimator!r} must return numbers, got "
+                f"{found.dtype}."
+            )
+        scores: NDArray[np.float64] = found.astype(np.float64)
         if scores.shape != (len(features),):
             raise ValueError(
                 f"method: {self._function} of {self.estimator!r} must return a number for each of "

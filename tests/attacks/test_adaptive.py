@@ -306,7 +306,7 @@ def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(tas
         ({"eps": np.nan}, ValueError, "'eps' parameter .* Got nan"),
         ({"max_iter": 0}, ValueError, "'max_iter' parameter .* Got 0"),
         ({"estimator": KNeighborsClassifier()}, TypeError, "got KNeighborsClassifier"),
-        ({"y_train": np.arange(600)}, ValueError, "X_train comes with classes.*10"),
+        ({"y_train": np.arange(600)}, ValueError, "y_train has classes.*10"),
         *(
             ({name: value}, ValueError, f"'{name}' parameter .* must be an int")
             for name in ("max_iter", "n_restarts", "n_references", "refresh", "n_seeds", "n_checks")
@@ -327,7 +327,7 @@ def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(tas
         ({"random_state": "a"}, ValueError, "'random_state' parameter"),
         ({"verbose": "a"}, ValueError, "'verbose' parameter"),
         ({"y_train": np.full(600, np.nan)}, ValueError, "y_train contains NaN"),
-        ({"y_train": np.full(600, "3")}, ValueError, "X_train comes with classes"),
+        ({"y_train": np.full(600, "3")}, ValueError, "y_train has classes"),
         ({"y_train": [0, 1]}, ValueError, "inconsistent numbers"),
         ({"X_train": np.zeros((600, 1, 4, 4))}, ValueError, "samples of shape"),
     ],
@@ -531,9 +531,7 @@ def test_a_network_without_gradients_is_refused(digits, monkeypatch):
 def test_unknown_classes_are_named(task):
     network, X, y, X_test, _ = task
     attack = AdaptiveKNNAttack(defence("k-NN", network, X, y), X, y, eps=0.1)
-    with pytest.raises(
-        ValueError, match="X comes with classes that the estimator does not know: .11"
-    ):
+    with pytest.raises(ValueError, match="y has classes that the estimator does not know: .11"):
         attack.generate(X_test, np.full(len(X_test), 11))
 
 
