@@ -361,7 +361,6 @@ def as_fitted(estimator: Any, *, consequence: str | None = None) -> Any:
     return fitted
 
 
-@naming("X")
 def validate_rows(estimator: Any, X: Any) -> Any:
     """Check samples for a fitted estimator.
 
@@ -379,7 +378,8 @@ def validate_rows(estimator: Any, X: Any) -> Any:
     TypeError, ValueError
         If X has another shape than the training samples, or holds NaN or infinity.
     """
-    with explain_out_of_memory("Memory is too small for X: pass fewer samples at a time."):
+    advice = "Memory is too small for X: pass fewer samples at a time."
+    with naming("X"), explain_out_of_memory(advice):
         return _validate_rows(estimator, X)
 
 

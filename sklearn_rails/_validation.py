@@ -40,7 +40,7 @@ READ_SAMPLES = 256
 def find_user_level() -> int:
     """Return the stack level, counted from the caller, of the first line of the user's code.
 
-    That is a line outside of this package, scikit-learn and joblib.
+    That is a line outside of this package, scikit-learn, joblib and their context managers.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def find_user_level() -> int:
 
 def _is_of_a_library(frame: FrameType) -> bool:
     name: str = frame.f_globals.get("__name__", "")
-    return name.partition(".")[0] in ("sklearn_rails", "sklearn", "joblib")
+    return name.partition(".")[0] in ("sklearn_rails", "sklearn", "joblib", "contextlib")
 
 
 def plain_scalar(value: Any) -> Any:
