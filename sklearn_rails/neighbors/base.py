@@ -333,7 +333,9 @@ class DistanceAffinity(ProductAffinity):
             return error
         # An example that is e away from its true place has a distance that errs by e.
         square = norms * norms - 2 * scores
-        return error + rounding * ((square * (square > 0)) ** 0.5 + rounding)
+        # Infinite where that is beyond the numbers: then every example is compared.
+        with np.errstate(over="ignore"):
+            return error + rounding * ((square * (square > 0)) ** 0.5 + rounding)
 
 
 def product_rounding(queries: Tensor) -> float:
