@@ -23,6 +23,7 @@ from torch import nn
 
 from ._archive import ArchiveReader, replacing, write_array, write_bytes, write_manifest
 from ._encoding import ESTIMATORS, Decoder, Encoder
+from ._rails import RAILSClassifier
 from ._validation import naming
 from ._version import __version__
 from .features import FeatureMap, FrozenModule
@@ -307,6 +308,9 @@ def _try_out(estimator: Any, objects: Collection[Any]) -> None:
     if samples and hasattr(estimator, "n_features_in_"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if isinstance(estimator, RAILSClassifier):  # a file must not start a compiler
+                engine = estimator.engine_.without_compiling()
+                estimator = estimator._with({"engine_": engine})
             for method in ("predict", "predict_with_alarm", "p_values", "transform"):
                 if hasattr(estimator, method):
                     getattr(estimator, method)(samples[0])

@@ -28,7 +28,7 @@ from sklearn_rails import (
     _archive,
 )
 from sklearn_rails._encoding import Decoder, Encoder
-from sklearn_rails.immune import Arbitration, Triage
+from sklearn_rails.immune import Arbitration, Triage, compiled
 from sklearn_rails.neighbors import ExactNeighbors
 from sklearn_rails.persistence import load, save
 from sklearn_rails.sensing import DETECTORS
@@ -409,6 +409,17 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(saved, seed, tmp_path):
     except ValueError:
         return
     assert_same_answers(loaded, load(saved, make_network()))
+
+
+def test_a_file_starts_no_compiler(saved, tmp_path, monkeypatch):
+    def change(manifest, members):
+        (schedule,) = (o["state"] for o in manifest["objects"] if o["class"] == "Schedule")
+        schedule["compile"] = True
+
+    rewrite(saved, tmp_path / "compiled", change)
+    monkeypatch.setattr(compiled, "_compiled", lambda: pytest.fail("a compiler was started"))
+    loaded = load(tmp_path / "compiled", make_network())
+    assert loaded.engine_.layers[0].schedule.compile
 
 
 def test_another_version_of_the_package_warns(saved, tmp_path):

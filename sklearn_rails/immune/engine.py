@@ -269,6 +269,21 @@ class ImmuneEngine:
         """
         return replace(self, layers=tuple(layer.with_seed(seed) for layer in self.layers))
 
+    def without_compiling(self) -> ImmuneEngine:
+        """Return an engine that gives the same answers and starts no compiler.
+
+        Returns
+        -------
+        ImmuneEngine
+        """
+        return replace(
+            self,
+            layers=tuple(
+                replace(layer, schedule=replace(layer.schedule, compile=False))
+                for layer in self.layers
+            ),
+        )
+
     def on_disk(self) -> ImmuneEngine:
         """Return the engine with its indexes in temporary files, where there is room.
 
