@@ -351,7 +351,8 @@ def as_fitted(estimator: Any, *, consequence: str | None = None) -> Any:
     """
     fitted = estimator._with({})  # read once: another thread may fit the estimator meanwhile
     check_is_fitted(fitted)
-    fitted._features.follow_network(consequence=consequence)
+    with explain_out_of_memory("Memory is too small to check whether the network has changed."):
+        fitted._features.follow_network(consequence=consequence)
     execution = {
         name: plain_scalar(getattr(fitted, name))
         for name in EXECUTION_PARAMETERS

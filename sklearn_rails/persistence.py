@@ -142,6 +142,8 @@ def load(
     mmap_mode : {None, "r"}, default=None
         ``"r"`` maps the arrays from the file, which several processes then share, instead of
         reading them. Arrays are then not compared with their checksums, and nothing is tried out.
+        The file may be replaced or deleted, as :func:`save` does it, but never written to or
+        truncated in place: that ends the processes that map it.
 
     Returns
     -------

@@ -244,18 +244,26 @@ def run_samples(
     Raises
     ------
     MemoryError
-        If the smallest batch does not fit.
+        If the smallest batch does not fit, or the features of all samples do not.
     """
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def run(layout: BatchLayout) -> dict[str, torch.Tensor]:
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+        for batches in parts.values():
+            batches.clear()
         for block, batch in iterate_batches(x, layout):
             n_samples = block.stop - block.start
             for name, output in network(batch, layers, start).items():
                 parts[name].append(output[:n_samples].reshape(n_samples, -1))
         return {name: torch.cat(batches) for name, batches in parts.items()}
 
-    return halve_until_it_fits(run, layout, smallest=smallest)[0]
+    try:
+        return halve_until_it_fits(run, layout, smallest=smallest)[0]
+    except MemoryError as error:
+        if not any(parts.values()):
+            raise
+        advice = f"Memory is too small for the features of {len(x)} samples: pass fewer at a time."
+        raise MemoryError(f"{advice} ({error.__cause__})") from error
 
 
 def run_populations(

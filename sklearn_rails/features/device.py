@@ -92,7 +92,12 @@ def keep_freed_memory() -> None:
     that was freed, unless a variable of the environment sets one of its thresholds, as Dask does
     for its workers: they are then set here. With other C libraries this has no effect.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    try:
+        torch.empty(31 * 2**20, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return  # less is freed at a time than is worth keeping
     if any(name in os.environ for name in MALLOC_VARIABLES):
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)
         if set_option is not None:

@@ -33,23 +33,23 @@ def allocate_store(
     Raises
     ------
     OSError
-        If the folder's disk has not enough space.
+        If the folder's disk has not enough space, or the folder is gone.
     """
     if folder is None:
         return like.new_empty(shape)
     dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
     n_bytes = math.prod(shape) * dtype.itemsize
-    with tempfile.TemporaryFile(dir=folder, prefix="sklearn_rails_") as file:
-        try:
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix="sklearn_rails_") as file:
             reserve(file, n_bytes)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"storage={str(folder)!r} has no room for {n_bytes / 2**20:.1f} MiB of features: "
-                f"{error.strerror}",
-            ) from error
-        # The map outlives the file's name, and even its handle.
-        return torch.from_numpy(np.memmap(file, dtype, "r+", shape=shape))
+            # The map outlives the file's name, and even its handle.
+            return torch.from_numpy(np.memmap(file, dtype, "r+", shape=shape))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"storage={str(folder)!r} cannot take {n_bytes / 2**20:.1f} MiB of features: "
+            f"{error.strerror}",
+        ) from error
 
 
 def reserve(file: IO[bytes], n_bytes: int) -> None:

@@ -64,7 +64,7 @@ def test_a_folder_on_a_full_disk_raises_an_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     neighbors = ClassNeighbors(algorithm=ExactNeighbors(tmp_path))
-    with pytest.raises(OSError, match=r"storage=.*has no room for .* MiB of features: No space"):
+    with pytest.raises(OSError, match=r"storage=.*cannot take .* MiB of features: No space"):
         neighbors.fit(torch.rand(9, 4), np.zeros(9, dtype=int), 1)
     assert list(tmp_path.iterdir()) == []
 
