@@ -22,6 +22,7 @@ from sklearn.base import BaseEstimator
 from torch import nn
 
 from ._archive import ArchiveReader, replacing, write_array, write_bytes, write_manifest
+from ._base import as_fitted
 from ._encoding import ESTIMATORS, Decoder, Encoder
 from ._rails import RAILSClassifier
 from ._validation import naming
@@ -311,8 +312,8 @@ def _try_out(estimator: Any, objects: Collection[Any]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(estimator, RAILSClassifier):  # a file must not start a compiler
-                engine = estimator.engine_.without_compiling()
-                estimator = estimator._with({"engine_": engine})
+                estimator = as_fitted(estimator)
+                estimator.engine_ = estimator.engine_.without_compiling()
             for method in ("predict", "predict_with_alarm", "p_values", "transform"):
                 if hasattr(estimator, method):
                     getattr(estimator, method)(samples[0])
