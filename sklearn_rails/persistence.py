@@ -159,6 +159,8 @@ def load(
         If ``module`` is no network.
     OSError
         If the file cannot be read.
+    MemoryError
+        If what it holds, or a prediction, does not fit into memory.
 
     Warns
     -----
