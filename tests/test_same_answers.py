@@ -28,12 +28,12 @@ N_NEW = 12
 HERE = Path(__file__).parent
 
 # The last bits of products of matrices in double precision depend on a sample's place in its batch:
-# those of networks with dtype="float64", of "mahalanobis" and of "kernel_density". Threat scores
-# then differ by up to 5e-15; whatever else is compared is equal bit for bit.
-THREAT_TOLERANCE = 1e-12
+# those of networks with dtype="float64", of "mahalanobis" and of "kernel_density". Scores then
+# differ by up to 5e-15; whatever else is compared is equal bit for bit.
+DOUBLE_TOLERANCE = 1e-12
 
-# A network's features depend on how many threads share its sums. They differ by up to 2e-7, threat
-# scores by up to 2e-5.
+# A network's features depend on how many threads share its sums. Scores of classifiers differ by up
+# to 2e-7, threat scores by up to 2e-5.
 THREADS_TOLERANCE = 1e-3
 
 
@@ -99,7 +99,7 @@ def draw_estimator(rnd, network):
     """Draw an estimator and its settings."""
     common = {
         "layers": draw_layers(rnd, network),
-        "batch_size": rnd.choice(["auto", "auto", 7, 64]),
+        "batch_size": rnd.choice(["auto", 7, 7, 64]),
         "random_state": rnd.randrange(99),
         "device": "cpu",
     }
@@ -131,7 +131,7 @@ def draw_estimator(rnd, network):
     return RAILSClassifier(
         network,
         n_neighbors=rnd.choice([1, 4, 10]),
-        population_size=rnd.choice(["auto", 17, 40]),
+        population_size=rnd.choice([17, 30, 60, "auto"]),
         generations=rnd.choice([1, 3, 5]),
         tau=rnd.choice(["scale", "scale", 0.1, 1e-4, 30.0]),
         rho=rnd.choice([0.0, 0.15, 0.5]),
@@ -148,14 +148,14 @@ def draw_estimator(rnd, network):
 
 
 def ask(estimator, X, rnd=None):
-    """Return answers of an estimator, all of them or two that are drawn, by their names."""
+    """Return answers of an estimator by their names: of all methods, or of one that is drawn."""
     methods = [method for method in METHODS if hasattr(estimator, method)]
     if hasattr(estimator, "kneighbors"):
         methods.append("kneighbors")
     if getattr(estimator, "threat_scorer", None) is not None:
         methods.append("predict_with_alarm")
     answers = {}
-    for method in methods if rnd is None else rnd.sample(methods, 2):
+    for method in methods if rnd is None else [rnd.choice(methods)]:
         answer = getattr(estimator, method)(X)
         if method == "kneighbors":
             answers["distances"], answers["indices"] = (by_layer(found) for found in answer)
@@ -239,15 +239,12 @@ def pickled(estimator):
 
 def check(setting, way, estimator, found, expected):
     """Compare answers, and return their number."""
-    is_scorer = isinstance(estimator, ThreatScorer)
+    in_double = isinstance(estimator, ThreatScorer) or estimator.dtype == "float64"
+    tolerance = THREADS_TOLERANCE if way == "torch threads" else DOUBLE_TOLERANCE * in_double
     for name, values in found.items():
         message = f"setting {setting}, {way}, {name} of {estimator}"
         assert values.dtype == expected[name].dtype, message
-        if values.dtype.kind == "f" and way == "torch threads":
-            tolerance = THREADS_TOLERANCE
-        else:
-            tolerance = THREAT_TOLERANCE if is_scorer and values.dtype.kind == "f" else 0
-        if tolerance:
+        if values.dtype.kind == "f" and tolerance:
             assert_allclose(values, expected[name], tolerance, tolerance, err_msg=message)
         else:
             assert_array_equal(values, expected[name], err_msg=message)
@@ -274,7 +271,7 @@ def compare(setting, folder, client=None):
 
 @pytest.mark.parametrize("setting", range(1000, 1020))
 def test_answers_are_the_same_in_every_way(setting, tmp_path):
-    assert compare(setting, tmp_path) > 20
+    assert compare(setting, tmp_path) > 10
 
 
 @pytest.mark.slow
@@ -286,7 +283,7 @@ def test_answers_of_500_settings_are_the_same_in_every_way(tmp_path, report):
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
-        n = [compare(i, tmp_path, None if i % 20 else client) for i in range(500)]
+        n = [compare(i, tmp_path, None if i % 25 else client) for i in range(500)]
     command = (
         "import sys, pathlib, test_same_answers as t; t.check_saved(pathlib.Path(sys.argv[1]))"
     )
