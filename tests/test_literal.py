@@ -257,6 +257,17 @@ def test_a_share_that_floats_overestimate_agrees(data):
     assert_agrees(RAILSClassifier(**settings), data)
 
 
+def test_an_early_end_agrees(data):
+    X, y, antigens = data
+    # One class is far from the others: near it, the clones settle the vote.
+    antigens = np.concatenate([antigens, antigens + 3])
+    settings = SETTINGS | {"early_stopping": True, "generations": 6}
+    expected = assert_agrees(
+        RAILSClassifier(**settings), (X + 3.0 * (y == "bee")[:, None], y, antigens)
+    )
+    assert {-1, 1, 2} <= {row.n_generations for (row,) in expected}
+
+
 def powers_of_ten(low, high):
     return st.floats(low, high).map(lambda exponent: 10.0**exponent)
 

@@ -124,7 +124,9 @@ def test_saved_and_copied_neighbours_find_the_same():
     X, y, Q = make_problem(7, 50, 3, 2)
     for algorithm in ("auto", "ball_tree"):
         neighbors = ClassNeighbors(algorithm=algorithm).fit(torch.tensor(X), y, 2)
+        size = len(pickle.dumps(neighbors))
         expected = neighbors.kneighbors(torch.tensor(Q), 3)
+        assert len(pickle.dumps(neighbors)) == size
         for saved in (pickle.loads(pickle.dumps(neighbors)), copy.deepcopy(neighbors)):
             for part, whole in zip(saved.kneighbors(torch.tensor(Q), 3), expected, strict=True):
                 assert_array_equal(part, whole)
