@@ -26,6 +26,7 @@ from ._validation import (
     check_known_labels,
     check_same_length,
     hold_strings,
+    naming,
     read_in_order,
     read_samples,
     validate_labels,
@@ -636,6 +637,10 @@ class RAILSClassifier(NetworkClassifier):
         return self.engine_.memory
 
     def _check_parameters(self) -> None:
+        for name in ("tau", "delta_min", "delta_max"):
+            if isinstance(getattr(self, name), Integral):
+                with naming(name):  # an integer may be too large
+                    float(getattr(self, name))
         if self.delta_min > self.delta_max:
             raise ValueError(
                 f"delta_min={self.delta_min} must not be larger than delta_max={self.delta_max}."

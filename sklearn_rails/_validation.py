@@ -55,6 +55,7 @@ def find_user_level() -> int:
 
 def _is_of_a_library(frame: FrameType) -> bool:
     name: str = frame.f_globals.get("__name__", "")
+    # contextlib: of functions that a context manager decorates, as naming does.
     return name.partition(".")[0] in ("sklearn_rails", "sklearn", "joblib", "contextlib")
 
 
@@ -499,6 +500,9 @@ def check_samples(
             raise ValueError("X must be a finite tensor with samples along its first axis.")
     else:
         rows = check_array(rows, input_name="X")
+        # torch reads neither other byte orders nor longdouble.
+        if rows.dtype not in INTEGER_DTYPES:
+            rows = check_array(rows, input_name="X", dtype=[np.float32, np.float64])
     shape = shape or (rows.shape[1],)
     if expected is not None and shape not in (expected, (math.prod(expected),)):
         raise ValueError(

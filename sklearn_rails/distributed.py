@@ -11,12 +11,14 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from ._validation import naming
+from ._compat import validate_parameter_constraints
+from ._validation import as_array, naming
 
 # Samples of a block, at most, and blocks that are under way for each thread of the workers: one
 # that is computed, and one that waits for it.
@@ -93,6 +95,9 @@ def predict(
     check_is_fitted(estimator)
     if not isinstance(method, str) or not callable(getattr(estimator, method, None)):
         raise ValueError(f"method={method!r} is no method of {type(estimator).__name__}.")
+    validate_parameter_constraints(
+        {"verbose": ["verbose"]}, {"verbose": verbose}, caller_name="predict"
+    )
     _check_block_size(block_size)
     client = _find_client(client)
     n_threads = sum(client.nthreads().values())
@@ -102,6 +107,8 @@ def predict(
         )
     if hasattr(X, "map_blocks"):
         return _predict_chunks(estimator, X, client, method)
+    if isinstance(X, list | tuple | torch.Tensor):
+        X = as_array(X, "X")
     if not hasattr(X, "__getitem__") or isinstance(X, str | bytes | Mapping):
         raise TypeError(f"X must be an array, got a {type(X).__name__}.")
     with naming("X"):

@@ -186,12 +186,13 @@ def load(
     >>> bool((loaded.transform(X) == extractor.transform(X)).all())
     True
     """
-    if mmap_mode not in (None, "r"):
+    if mmap_mode is not None and not (isinstance(mmap_mode, str) and mmap_mode == "r"):
         raise ValueError(f"mmap_mode={mmap_mode!r} must be None or 'r'.")
     modules = _as_list(module)
     with naming("path"):
         path = Path(path)
-    with path.open("rb") as file:
+        opened = path.open("rb")
+    with opened as file:
         reader = ArchiveReader(file, path, maps=mmap_mode == "r")
         _check_format(reader, path)
         reader.check_members()

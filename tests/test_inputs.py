@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
+from sklearn.metrics import accuracy_score
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
@@ -409,3 +410,37 @@ def test_a_data_set_is_read_once_for_the_classifier_and_its_scorer(ask):
     assert data.n_read == 30
     with pytest.raises(ValueError, match="shuffles its samples"):
         getattr(rails, ask)(DataLoader(TENSORS, shuffle=True))
+
+
+def test_reading_a_data_set_moves_no_random_state(task):
+    X, y = map(torch.tensor, task)
+    before = torch.get_rng_state()
+    DkNNClassifier(random_state=0).fit(TensorDataset(X, y)).predict(DataLoader(X))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("y", "weights", "message"),
+    [
+        (np.arange(60) % 3 + 0.5, None, "y: Unknown label type"),
+        (np.array(["a", "b", "c"] * 20), None, "y has labels of <U1, but those of fit are of int"),
+        (np.arange(59) % 3, None, "y must have a label for each sample of X: found 59"),
+        (np.ma.masked_equal(np.arange(60) % 3, 0), None, "y must not have masked values"),
+        (np.arange(60) % 3, np.ones(59), "sample_weight has 59 weights for 60 samples"),
+        (np.arange(60) % 3, np.full(60, np.nan), "sample_weight must be finite and 0 or more"),
+        (np.arange(60) % 3, np.zeros(60), "sample_weight must .* with a weight above 0"),
+        (np.arange(60) % 3, ["a"] * 60, "sample_weight must be a one-dimensional array of numbers"),
+    ],
+)
+def test_score_names_what_is_bad(task, y, weights, message):
+    dknn = DkNNClassifier(random_state=0).fit(*task)
+    with pytest.raises(ValueError, match=message):
+        dknn.score(task[0], y, weights)
+
+
+def test_score_is_the_weighted_accuracy(task):
+    dknn = DkNNClassifier(n_neighbors=5, random_state=0).fit(*task)
+    weights = np.arange(60)
+    expected = accuracy_score(task[1], dknn.predict(task[0]), sample_weight=weights)
+    for y in (task[1], torch.tensor(task[1]), task[1].tolist()):
+        assert dknn.score(task[0], y, torch.tensor(weights)) == pytest.approx(expected)

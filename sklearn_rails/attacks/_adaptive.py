@@ -23,6 +23,7 @@ from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from .._validation import check_same_length, naming, plain_scalar
 from ..features.device import RandomStateGuard
+from ..features.gradient import NotDifferentiableError, differentiate
 from ..metrics._arrays import check_labels
 from ..neighbors import ClassNeighbors
 from ._ball import Ball
@@ -227,7 +228,8 @@ class AdaptiveKNNAttack:
             self._train: Tensor = train
             self._ball = Ball(train, self.eps, clip)
             self._ball.check(train, "X_train")
-            self._inputs = ClassNeighbors().fit(train, labels, len(estimator.classes_))
+            with naming("X_train"):
+                self._inputs = ClassNeighbors().fit(train, labels, len(estimator.classes_))
             if isinstance(estimator, RAILSClassifier):
                 self._defence = PopulationSurrogate(
                     estimator, n_references, n_seeds, n_checks, self._rng
@@ -459,16 +461,13 @@ class AdaptiveKNNAttack:
         return objective
 
     def _gradient(self, objective: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-        points = points.detach().requires_grad_()
-        total = objective(points).sum()
-        gradient = None
-        if total.requires_grad:
-            (gradient,) = torch.autograd.grad(total, points, allow_unused=True)
-        if gradient is None:
+        try:
+            gradient = differentiate(objective, points)
+        except NotDifferentiableError as error:
             raise ValueError(
-                "estimator cannot be attacked by gradients: its network detaches the layers "
-                f"{list(self.estimator.layers_)} from the input."
-            )
+                "estimator cannot be attacked by gradients, of the network as far as the layers "
+                f"{list(self.estimator.layers_)}: {error}"
+            ) from error
         # A class without references has no gradient.
         return gradient.nan_to_num()
 

@@ -20,6 +20,7 @@ from .._extractor import TorchFeatureExtractor
 from .._validation import check_same_length, check_samples, naming, plain_scalar
 from ..features import FeatureMap
 from ..features.frozen import as_module
+from ..features.gradient import NotDifferentiableError, differentiate
 from ..metrics._arrays import check_labels
 from ._ball import Ball
 
@@ -224,24 +225,24 @@ def _check_classes(y: Any, samples: Tensor, feature_map: FeatureMap) -> Tensor:
 
 
 def _loss_gradient(feature_map: FeatureMap, points: Tensor, labels: Tensor, name: str) -> Tensor:
-    points = points.detach().requires_grad_()
-    logits = feature_map.with_gradient(points, (feature_map.output,))[feature_map.output]
-    if name == "margin":
-        if logits.shape[1] == 1:
-            logits = torch.cat([-logits, logits], dim=1)
-        own = logits.gather(1, labels[:, None])
-        others = logits.scatter(1, labels[:, None], -torch.inf)
-        loss = (others.amax(dim=1) - own[:, 0]).sum()
-    elif logits.shape[1] == 1:
-        loss = binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits), reduction="sum")
-    else:
-        loss = cross_entropy(logits, labels, reduction="sum")
-    gradient = None
-    if loss.requires_grad:
-        (gradient,) = torch.autograd.grad(loss, points, allow_unused=True)
-    if gradient is None or not gradient.isfinite().all():
-        raise ValueError(
-            "network cannot be attacked by gradients: "
-            + ("its output is detached from its input." if gradient is None else "some are NaN.")
-        )
-    return gradient
+    def loss(points: Tensor) -> Tensor:
+        logits = feature_map.with_gradient(points, (feature_map.output,))[feature_map.output]
+        is_single = logits.shape[1] == 1
+        if name == "margin":
+            logits = torch.cat([-logits, logits], dim=1) if is_single else logits
+            own = logits.gather(1, labels[:, None])
+            others = logits.scatter(1, labels[:, None], -torch.inf)
+            return (others.amax(dim=1) - own[:, 0]).sum()
+        if is_single:
+            targets = labels.to(logits)
+            return binary_cross_entropy_with_logits(logits[:, 0], targets, reduction="sum")
+        return cross_entropy(logits, labels, reduction="sum")
+
+    reason = "some are NaN."
+    try:
+        gradient = differentiate(loss, points)
+        if gradient.isfinite().all():
+            return gradient
+    except NotDifferentiableError as error:
+        reason = str(error)
+    raise ValueError(f"network cannot be attacked by gradients: {reason}")

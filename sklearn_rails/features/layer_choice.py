@@ -18,8 +18,8 @@ from sklearn import get_config
 from sklearn.utils import check_random_state
 
 from .._validation import check_samples, find_user_level, naming, validate_labels
-from .device import is_out_of_memory
 from .frozen import as_module
+from .gradient import NotDifferentiableError, differentiate
 from .mapping import Array, FeatureMap
 from .truncation import INPUT
 
@@ -206,31 +206,18 @@ class HeldOutAttack:
 
     def _gradient(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the margin by which other classes lead that of the network."""
-        x = x.detach().requires_grad_()
         output = self._features.output
-        try:
+
+        def margin(x: torch.Tensor) -> torch.Tensor:
             outputs = self._features.with_gradient(x, (output,))[output]
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise NotDifferentiableError from error  # such as operations with out=
-        if not outputs.requires_grad:
-            raise NotDifferentiableError
-        # Not the cross-entropy, whose gradient vanishes where the network is sure.
-        if outputs.shape[1] == 1:
-            margin = torch.where(labels == 1, -outputs[:, 0], outputs[:, 0])
-        else:
+            # Not the cross-entropy, whose gradient vanishes where the network is sure.
+            if outputs.shape[1] == 1:
+                return torch.where(labels == 1, -outputs[:, 0], outputs[:, 0])
             own = outputs.gather(1, labels[:, None])[:, 0]
             others = outputs.scatter(1, labels[:, None], -torch.inf)
-            margin = others.amax(dim=1) - own
-        (gradient,) = torch.autograd.grad(margin.sum(), x, allow_unused=True)
-        if gradient is None:
-            raise NotDifferentiableError
-        return gradient.nan_to_num(nan=0.0)
+            return others.amax(dim=1) - own
 
-
-class NotDifferentiableError(Exception):
-    """The network's output has no gradient."""
+        return differentiate(margin, x).nan_to_num(nan=0.0)
 
 
 # Scores by network and data: the candidates of a search have the same folds. Of the oldest ones no

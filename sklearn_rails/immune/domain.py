@@ -76,7 +76,7 @@ def find_domain(cells: torch.Tensor, clip: object) -> Domain:
     if not isinstance(clip, str):
         try:
             bounds = np.asarray(clip, dtype=float)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             bounds = np.empty(0)
         if bounds.shape != (2,) or not bounds[0] < bounds[1]:
             raise ValueError(f"clip={clip!r} must be 'auto', None or a pair (low, high).")

@@ -181,7 +181,9 @@ class LayerDisplay:
             names = [layers] if isinstance(layers, str) else list(layers)
         for layer in names:
             alone = clone(unfitted).set_params(layers=layer).fit(X_train, y_train)
-            (clean, first), (robust, second) = (_measure(alone, rows, labels) for rows in sets)
+            clean, first = _measure(alone, sets[0], labels)
+            with naming("attack"):
+                robust, second = _measure(alone, sets[1], labels)
             measured[layer] = clean, robust, min(first, second)
         if not measured:
             raise ValueError(f"layers={layers!r} has no layer to compare.")

@@ -192,8 +192,10 @@ class _RobustScorer:
         attacked = self._attacked(
             network, samples, _encode(labels, estimator.classes_), estimator.feature_map_.dtype
         )
+        with naming("attack"):
+            predicted = estimator.predict(attacked)
         with naming("y"):
-            return robust_accuracy_score(labels, estimator.predict(attacked))
+            return robust_accuracy_score(labels, predicted)
 
     def _attacked(
         self, network: torch.nn.Module, X: NDArray[Any], y: NDArray[np.int64], dtype: torch.dtype

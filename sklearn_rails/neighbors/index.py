@@ -160,13 +160,15 @@ class ClassNeighbors:
         ValueError
             If the storage is unknown, or does not go with the affinity.
         """
-        _check_count(n_classes, "n_classes")
+        n_classes = _check_count(n_classes, "n_classes")
+        if n_classes > LARGEST_SIZE:
+            raise ValueError(f"n_classes={n_classes} must be at most {LARGEST_SIZE}.")
         y = as_array(y, "y")
         is_valid = y.ndim == 1 and y.dtype.kind in "iu"
         if not is_valid or (len(y) and not 0 <= y.min() <= y.max() < n_classes):
             raise ValueError(
-                f"y must hold integers from 0 to {n_classes - 1} in one dimension, got shape "
-                f"{y.shape} of {y.dtype}."
+                f"y must hold integers from 0 to {n_classes - 1} for {n_classes=}, in one "
+                f"dimension, got shape {y.shape} of {y.dtype}."
             )
         is_exact = isinstance(self.algorithm, ExactNeighbors)
         exact = self.algorithm if is_exact else ExactNeighbors()
@@ -302,7 +304,7 @@ class ClassNeighbors:
                 f"queries has {queries.shape[1]} features, but the examples have "
                 f"{self.store.examples.shape[1]}."
             )
-        _check_count(n_neighbors, "n_neighbors")
+        n_neighbors = _check_count(n_neighbors, "n_neighbors")
         if self.needs_recompute and recompute is None:
             raise ValueError(
                 "storage='float16' keeps no example in full precision: give recompute."
@@ -479,9 +481,10 @@ def merge_flocks(
     return ranking.values[..., :n_neighbors], index.gather(2, best)
 
 
-def _check_count(value: Any, name: str) -> None:
+def _check_count(value: Any, name: str) -> int:
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r} must be a positive integer.")
+    return int(value)
 
 
 def _check_features(features: Any, name: str) -> None:

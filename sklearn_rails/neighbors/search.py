@@ -26,6 +26,8 @@ SHIFT_RATIO = 8
 # their squares leave 86 of the 126 binary orders of magnitude of float32 for other examples.
 MAX_EXPONENT = 20
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # From places among the stored examples, (m,), to their features, (m, n_features).
 Take = Callable[[Tensor], Tensor]
 # The same from positions among those of fit.
@@ -119,11 +121,11 @@ class Search(DeviceTensors):
     def _recompute(self, places: Tensor, recompute: Recompute) -> Tensor:
         features = recompute(self.order.index[places])
         expected = (len(places), self.store.examples.shape[1])
-        is_usable = is_dense(features) and features.is_floating_point()
+        is_usable = is_dense(features) and features.dtype in FLOATS
         if not is_usable or features.shape != expected:
             got = f"one of shape {tuple(features.shape)}" if is_usable else type(features).__name__
             raise ValueError(f"recompute must return floats of shape {expected}, got {got}.")
-        return self.prepare(features)
+        return self.prepare(features.contiguous())
 
     def rank(
         self, queries: Tensor, places: Tensor, n_neighbors: int, take: Take

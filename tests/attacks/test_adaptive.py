@@ -521,7 +521,7 @@ def test_a_network_without_gradients_is_refused(digits, monkeypatch):
     X, y = digits[0][:100], digits[1][:100]
     dknn = DkNNClassifier(Detached(), layers="output", n_neighbors=5, random_state=0).fit(X, y)
     attack = AdaptiveKNNAttack(dknn, X, y, eps=0.1, max_iter=2)
-    with pytest.raises(ValueError, match="its network detaches the layers .* from the input"):
+    with pytest.raises(ValueError, match="as far as the layers .* detached from its input"):
         attack.generate(X, y)
     monkeypatch.setattr(dknn._features, "integer_input", True, raising=False)
     with pytest.raises(TypeError, match="needs gradients, and with them a continuous input"):

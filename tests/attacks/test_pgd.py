@@ -227,3 +227,20 @@ def test_errors_name_the_parameter(change, error, message):
 def test_an_unfitted_skorch_net_is_refused():
     with pytest.raises(ValueError, match="network is a skorch net .* that is not fitted"):
         pgd(NeuralNetClassifier(nn.Linear), np.zeros((2, 3)), eps=0.1)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", np.longdouble, np.float16, object])
+def test_arrays_of_types_that_torch_does_not_read(task, dtype):
+    network, X, y = task
+    X = X.astype(np.float16).astype(np.float32)
+    assert_array_equal(pgd(network, X.astype(dtype), y, eps=0.1), pgd(network, X, y, eps=0.1))
+
+
+def test_a_network_that_overwrites_what_its_gradient_needs_is_refused_by_name():
+    class Overwrites(nn.Linear):
+        def forward(self, x):
+            hidden = super().forward(x).tanh()
+            return hidden.mul_(2) * 1
+
+    with pytest.raises(ValueError, match="network cannot be attacked by gradients: torch says"):
+        pgd(Overwrites(4, 3), np.ones((5, 4)), eps=0.1)

@@ -262,13 +262,19 @@ class WithoutGradient(nn.Module):
             return self.head(self.hidden(x).relu())
 
 
+class OverwritesItsGradient(WithoutGradient):
+    def forward(self, x):
+        return self.head(self.hidden(x).tanh().mul_(2))
+
+
 def test_networks_that_cannot_be_attacked_take_a_layer_in_the_middle():
     tokens = np.random.default_rng(0).integers(0, 20, size=(60, 5))
     y = tokens[:, 0] % 2
     layers = fit_with_warning(DkNNClassifier(Embedding()), tokens, y, "takes integers")
     assert layers == ("embed",) or layers == ("hidden",)
     X, y = tabular_data()
-    assert fit_with_warning(DkNNClassifier(WithoutGradient()), X, y, "no gradient") == ("hidden",)
+    for network in (WithoutGradient(), OverwritesItsGradient()):
+        assert fit_with_warning(DkNNClassifier(network), X, y, "no gradient") == ("hidden",)
 
 
 class Steps(nn.Module):

@@ -1,0 +1,47 @@
+"""Gradients with respect to the input of networks that may not have any."""
+
+from collections.abc import Callable
+
+import torch
+
+from .device import is_out_of_memory
+
+
+class NotDifferentiableError(Exception):
+    """A function of a network has no gradient; the message says why."""
+
+
+def differentiate(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of the sum of a function's values.
+
+    Parameters
+    ----------
+    function : callable
+        Runs the network.
+    x : torch.Tensor
+        Where.
+
+    Returns
+    -------
+    torch.Tensor of the shape of x
+
+    Raises
+    ------
+    NotDifferentiableError
+        If there is none.
+    """
+    x = x.detach().requires_grad_()
+    try:
+        total = function(x).sum()
+        gradient = None
+        if total.requires_grad:
+            (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
+    except RuntimeError as error:  # such as operations with out=, or in place
+        if is_out_of_memory(error):
+            raise
+        raise NotDifferentiableError(f"torch says: {error}") from error
+    if gradient is None:
+        raise NotDifferentiableError("its output is detached from its input.")
+    return gradient
