@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sklearn_rails.features.checks import check_layers
+from sklearn_rails.features.outputs import LayerError
 from sklearn_rails.features.truncation import TruncatedNetwork
 
 IMAGE = (1, 8, 8)
@@ -144,3 +145,64 @@ def test_what_a_pass_changes_is_set_back_after_a_second_check_too():
         assert network.traits.volatile == (("", "__dict__", "n_passes"),)
         torch.testing.assert_close(network(x, ("output",))["output"], x + 1)
         torch.testing.assert_close(network(x, ("output",))["output"], x + 1)
+
+
+class Unusable(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+        self.first = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.make(self.first(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: (x, x), "the network gives a tuple there"),
+        (lambda x: x.argmax(dim=1), r"for 3 input\(s\).* shape \(3,\) and type torch.int64"),
+        (lambda x: x.sum(), r"for 3 input\(s\).* shape \(\) and type"),
+        (lambda x: x[:2], r"for 3 input\(s\).* shape \(2, 2\) and type"),
+        (lambda x: x[:, :0], r"for 3 input\(s\).* shape \(3, 0\) and type"),
+        (lambda x: x.to_sparse(), r"for 3 input\(s\).* shape \(3, 2\) and type"),
+    ],
+)
+@torch.no_grad()
+def test_an_output_that_is_not_one_row_of_floats_for_each_input_is_named(make, message):
+    network = truncated(Unusable(make), (2,))
+    with pytest.raises(LayerError, match=f"layers='output': .*{message}"):
+        network(torch.rand(3, 2), ("output",))
+    assert network(torch.rand(3, 2), ("first",))["first"].shape == (3, 2)
+
+
+@torch.no_grad()
+def test_half_precision_is_that_of_autocast(conv_net):
+    x = torch.rand(4, *IMAGE)
+    half = TruncatedNetwork(
+        conv_net, device=torch.device("cpu"), dtype=torch.float32, input_shape=IMAGE, half=True
+    )
+    conv_net.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = conv_net(x).float()
+    found = half(x, ("output",))["output"]
+    torch.testing.assert_close(found, expected)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, conv_net(x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ({"conv1"}, ValueError, "has no order; give a list"),
+        ([nn.ReLU()], TypeError, r"such as 'conv1', .*got ReLU\. The network has: \['conv1'"),
+        (7, TypeError, "got int: 7"),
+        ("CONV1", ValueError, r"does not have: \['CONV1'\]\. Did you mean 'conv1'\? It has"),
+        ("zzzzz", ValueError, r"does not have: \['zzzzz'\]\. It has: .*'input', 'output'\]"),
+        ([], ValueError, "at least one layer, and each only once"),
+        (["fc", "fc"], ValueError, "at least one layer, and each only once"),
+    ],
+)
+def test_layers_that_are_not_names_of_the_network_are_refused(conv_net, layers, error, message):
+    with pytest.raises(error, match=f"start_layer.*{message}"):
+        truncated(conv_net).resolve_layers(layers, "start_layer")
