@@ -189,7 +189,11 @@ class Case:
             self.response = self.estimator.respond(NEW)
         if action == "forget":
             self.estimator.remember(self.response, confidence=0)
-        save(self.estimator, self.file)
+        if name == "rails" and action in ("refit", "partial_fit"):
+            # Where a fit moves the old index, before it builds another.
+            self.estimator.engine_ = self.estimator.engine_.on_disk()
+        if action in ("save", "load"):
+            save(self.estimator, self.file)
         ask(self.estimator)  # what is computed when it is first needed
 
     def __call__(self):
@@ -255,8 +259,6 @@ def test_what_fails_anywhere_leaves_all_as_it_was(name, action, every, tmp_path,
     for place, error in zip(chosen, errors, strict=False):
         if case is None:
             case = Case(name, action, tmp_path)
-            if action in ("refit", "partial_fit"):  # which move the old index to a file
-                fail(case, places.all()[-1], KeyboardInterrupt)
             before = case.state()
             answer = None if action == "fit" else ask(case.estimator)
         if fail(case, place, error):
