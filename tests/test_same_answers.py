@@ -99,7 +99,7 @@ def draw_estimator(rnd, network):
     """Draw an estimator and its settings."""
     common = {
         "layers": draw_layers(rnd, network),
-        "batch_size": rnd.choice(["auto", 7, 7, 64]),
+        "batch_size": rnd.choice(["auto", 33, 33, 64]),
         "random_state": rnd.randrange(99),
         "device": "cpu",
     }
