@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sklearn_rails.neighbors import ClassNeighbors, exact, products
-from sklearn_rails.neighbors.exact import add_product
+from sklearn_rails.neighbors.exact import add_product, product_is_exact
 from sklearn_rails.neighbors.products import split_is_faster
 
 
@@ -49,3 +49,22 @@ def test_what_is_faster_is_measured_once(monkeypatch):
     split_is_faster(8, torch.float32, 2)
     assert len(calls) == n_calls
     split_is_faster.cache_clear()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "fp32_precision"),
+    reason="these settings came with torch 2.9",
+)
+@pytest.mark.parametrize("owner", ["products", "library", "all"])
+def test_products_are_exact_unless_a_setting_of_torch_rounds_them(owner, monkeypatch):
+    backends, rows = torch.backends, torch.zeros(1, 2)
+    owners = {
+        "products": backends.mkldnn.matmul,
+        "library": backends.mkldnn,
+        "all": backends,
+    }
+    assert product_is_exact(rows)
+    for precision, is_exact in (("bf16", False), ("ieee", True), ("none", True)):
+        monkeypatch.setattr(owners[owner], "fp32_precision", precision)
+        assert product_is_exact(rows) is is_exact
+        assert product_is_exact(rows.double())
