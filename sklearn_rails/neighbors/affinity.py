@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from .._validation import is_dense
-from .base import Affinity, DistanceAffinity, Numbers, ProductAffinity, product_rounding
+from .base import (
+    Affinity,
+    DistanceAffinity,
+    Numbers,
+    ProductAffinity,
+    keep_above_missing,
+    product_rounding,
+)
 from .geometry import Geometry
 from .norms import dtype_name, is_within, norm, normalize_rows
 
@@ -136,7 +143,7 @@ class Cosine(DistanceAffinity):
         # Minus half a squared distance is the cosine, but for a constant, if both have length 1.
         # A vector of zeros is then half too near.
         offsets[blank] -= 0.5 * geometry.query_scale**2
-        return offsets
+        return keep_above_missing(offsets)
 
 
 class InnerProduct(ProductAffinity):

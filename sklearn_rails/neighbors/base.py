@@ -290,9 +290,7 @@ class DistanceAffinity(ProductAffinity):
         torch.Tensor of shape (n_samples,)
             The offsets.
         """
-        # An eighth of the range: no example has the score of one that does not exist.
-        lowest = -torch.finfo(norms.dtype).max / 8
-        return (norms.square() / -2).clamp_(min=lowest)
+        return keep_above_missing(norms.square() / -2)
 
     def score_error(
         self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
@@ -336,6 +334,22 @@ class DistanceAffinity(ProductAffinity):
         # Infinite where that is beyond the numbers: then every example is compared.
         with np.errstate(over="ignore"):
             return error + rounding * ((square * (square > 0)) ** 0.5 + rounding)
+
+
+def keep_above_missing(offsets: Tensor) -> Tensor:
+    """Raise offsets to an eighth of the lowest number: minus infinity marks a missing example.
+
+    Parameters
+    ----------
+    offsets : torch.Tensor
+        Overwritten.
+
+    Returns
+    -------
+    torch.Tensor
+        The same tensor.
+    """
+    return offsets.clamp_(min=-torch.finfo(offsets.dtype).max / 8)
 
 
 def product_rounding(queries: Tensor) -> float:

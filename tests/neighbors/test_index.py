@@ -166,6 +166,7 @@ def sorted_affinities(affinity, X, y, n_classes, Q, k):
     zeros=st.booleans(),
 )
 @example(97126, 53, 5, 4, "cosine", "float16", np.float32, 0.0, "columns", 1e-30, True)
+@example(4, 4, 4, 1, "cosine", "memory", np.float32, 0.0, "columns", 1e-30, True)
 def test_neighbours_are_exact_at_any_offset_and_scale(
     seed, n, n_features, k, affinity, storage, dtype, offset, scaled, scale, zeros
 ):
