@@ -131,8 +131,8 @@ def snapshot(value, seen=None):
     if value is None or isinstance(value, str | bytes | int | float | np.generic):
         return repr(value)
     if id(value) in seen:
-        return "again", seen[id(value)]
-    seen[id(value)] = len(seen)
+        return "again", seen[id(value)][0]
+    seen[id(value)] = len(seen), value  # which keeps its id
     if isinstance(value, dict):
         return [(repr(key), snapshot(item, seen)) for key, item in value.items()]
     if isinstance(value, list | tuple | np.ndarray | set | frozenset):
