@@ -229,7 +229,10 @@ class FollowedNetwork:
         renewed = object.__new__(FollowedNetwork)
         vars(renewed).update(vars(self), _fitted=self._current)
         if self.module is not None:
-            renewed._features = self._probe_again()
+            # Not this one's copy, which threads may be using and a failure must not change.
+            renewed.run_on(self.network.device)
+            renewed._features = renewed._probe_again()
+            renewed._traits = renewed.network.traits
         return renewed
 
     def __getstate__(self) -> dict[str, Any]:
