@@ -406,7 +406,8 @@ class RAILSClassifier(NetworkClassifier):
         rows = validate_rows(self, X)
         check_same_length(X=rows, y=labels)
         named = [] if classes is None else [classes]
-        self.classes_ = np.unique(np.concatenate([known, labels, *named]))
+        with naming("y" if classes is None else "classes"):
+            self.classes_ = np.unique(np.concatenate([known, labels, *named]))
         to_device = self._features.to_device
         memory = self.engine_.memory
         before = self._rows

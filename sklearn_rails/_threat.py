@@ -27,7 +27,7 @@ from ._conformal import (
     warn_of_few_rows,
 )
 from ._documentation import document
-from ._validation import find_user_level, read_samples
+from ._validation import check_in_order, find_user_level, read_samples
 from .features.outputs import LayerError
 from .sensing import (
     CleanSamples,
@@ -317,6 +317,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             own neighbours, so the rate is not that of new clean data: it is lower for distances
             and densities, and higher for ``"disagreement"`` where ``y`` contradicts the network.
         """
+        check_in_order(X)
+        X, y = read_samples(X, y)
         return self.fit(X, y).predict(X)
 
     def transform(self, X: ArrayLike | torch.Tensor) -> ArrayLike | torch.Tensor:

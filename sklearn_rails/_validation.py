@@ -421,12 +421,27 @@ def read_in_order(X: Any) -> Any:
     TypeError, ValueError
         As :func:`read_samples`, and if X is a loader that shuffles.
     """
+    check_in_order(X)
+    return read_samples(X)[0]
+
+
+def check_in_order(X: Any) -> None:
+    """Check that samples come in an order that is known.
+
+    Parameters
+    ----------
+    X : torch.utils.data.Dataset or DataLoader, or any other object
+
+    Raises
+    ------
+    ValueError
+        If X is a loader that shuffles.
+    """
     if isinstance(X, DataLoader) and isinstance(X.sampler, RandomSampler):
         raise ValueError(
             "X is a DataLoader that shuffles its samples, so that nobody could tell which answer "
             "is for which of them: use one with shuffle=False."
         )
-    return read_samples(X)[0]
 
 
 @naming("X")

@@ -169,9 +169,11 @@ def _run(
         # others fetch it from there.
         workers = sorted(client.nthreads())
         chosen = [workers[number % len(workers)]] if workers else None
+        with naming("X"):
+            rows = X[blocks[number]]
         future = client.submit(
             _answer,
-            X[blocks[number]],
+            rows,
             sent,
             method,
             pure=False,
@@ -219,7 +221,7 @@ def _send_estimator(estimator: Any, client: Any) -> Any:
 
 
 def _answer(rows: Any, estimator: Any, method: str) -> Any:
-    return getattr(estimator, method)(np.asarray(rows))
+    return getattr(estimator, method)(as_array(rows, "X"))
 
 
 def _join(answers: list[Any]) -> Any:

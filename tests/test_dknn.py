@@ -266,3 +266,23 @@ def test_invalid_parameters_raise_and_change_nothing(params, message):
     dknn.set_params(calibration=fitted["calibration"], p_value="conformal", n_neighbors=3)
     assert vars(dknn) == fitted
     assert_array_equal(dknn.p_values(X_CAL), expected)
+
+
+class FindsFewer(NearestNeighbors):
+    """An index that finds fewer neighbours than it is asked for, and fills up with -1."""
+
+    n_found = 1
+
+    def kneighbors(self, X, n_neighbors, return_distance):
+        index = super().kneighbors(X, n_neighbors, return_distance=return_distance)
+        index[:, self.n_found :] = -1
+        return index
+
+
+def test_neighbours_that_an_index_does_not_find_have_no_vote():
+    dknn = on_a_line(algorithm=FindsFewer())
+    proba = dknn.predict_proba(X_LINE)
+    assert_array_equal(dknn.predict(X_LINE), Y_LINE)
+    assert_array_equal(proba.max(axis=1), 1)  # of the one that was found
+    with pytest.raises(ValueError, match="algorithm: kneighbors gave no neighbour"):
+        on_a_line(algorithm=type("FindsNone", (FindsFewer,), {"n_found": 0})())

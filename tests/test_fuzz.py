@@ -200,7 +200,7 @@ def number_of(samples, n):
         return n
     shape = getattr(samples, "shape", None)
     with_length = shape is None and hasattr(samples, "__len__")
-    return shape[0] if shape is not None and len(shape) else len(samples) if with_length else n
+    return shape[0] if isinstance(shape, tuple) and shape else len(samples) if with_length else n
 
 
 METHODS = {

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from .device import explain_out_of_memory, is_out_of_memory
+from .outputs import LayerError
 from .truncation import TruncatedNetwork
 
 Result = TypeVar("Result")
@@ -339,6 +340,11 @@ def compare_populations(
         if layout.channels_last:
             batch = layout.store(batch)
         outputs = network(batch, (layer,), start)[layer][:n_tile]
+        if outputs.numel() != n_tile * antigens.shape[1]:
+            raise LayerError(
+                f"layers={layer!r}: the network gives {outputs.numel() // n_tile} features for an "
+                f"input in a batch of {len(batch)}, but {antigens.shape[1]} in another."
+            )
         is_private = network.is_private_buffer(outputs, batch)
         own = antigens
         if affinity.permutation_invariant and outputs.is_contiguous(

@@ -247,10 +247,10 @@ class ThreatDisplay:
         return self
 
     def __repr__(self) -> str:
-        sizes = [f"{len(np.asarray(self.threat))} clean"]
+        sizes = [f"{len(as_array(self.threat, 'threat'))} clean"]
         for name, scores in self.attacked.items():
             auc_text = f" (AUC {self.roc_auc_[name]:.3f})" if hasattr(self, "roc_auc_") else ""
-            sizes.append(f"{len(np.asarray(scores))} {name}{auc_text}")
+            sizes.append(f"{len(as_array(scores, 'attacked'))} {name}{auc_text}")
         return f"{type(self).__name__}({', '.join(sizes)})"
 
 

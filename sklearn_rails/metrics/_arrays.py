@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from .._validation import as_array
+from .._validation import as_array, naming
 
 
 def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
@@ -32,7 +32,8 @@ def as_numbers(values: ArrayLike | torch.Tensor, name: str) -> NDArray[Any]:
     """
     array = as_array(values, name)
     if array.dtype == object and all(isinstance(v, Real | np.bool_) for v in array.flat):
-        array = array.astype(np.float64)
+        with naming(name):
+            array = array.astype(np.float64)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must hold real numbers, got values of dtype {array.dtype}.")
     return array

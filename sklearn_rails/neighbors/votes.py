@@ -50,13 +50,18 @@ def neighbor_votes(
     tie_break = torch.zeros_like(votes)
     for layer, queries in features.items():
         distance, index = nearest(neighbors[layer], queries, n_neighbors, self_index)
-        distance = distance.cpu().to(torch.float64)
-        classes = torch.from_numpy(labels)[index.cpu()]
+        distance, index = distance.cpu().to(torch.float64), index.cpu()
+        # An index of the user's may find fewer neighbours than it is asked for.
+        exists = index >= 0
+        if not exists.any(dim=1).all():
+            raise ValueError("algorithm: kneighbors gave no neighbour at all of some samples.")
+        classes = torch.from_numpy(labels)[index.clamp(min=0)]
         counts = torch.zeros_like(votes)
-        votes = votes + counts.scatter_add_(1, classes, torch.ones_like(distance))
+        votes = votes + counts.scatter_add_(1, classes, exists.to(torch.float64))
         nearest_of_class = torch.full_like(counts, torch.inf)
         nearest_of_class.scatter_reduce_(1, classes, distance, "amin")
-        scale = distance[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+        farthest = distance.masked_fill(~exists, 0).amax(dim=1, keepdim=True)
+        scale = farthest.clamp_min(torch.finfo(torch.float64).tiny)
         tie_break = tie_break + scale / (nearest_of_class + scale) / len(features)
     return votes.numpy(), tie_break.numpy()
 
