@@ -92,7 +92,8 @@ def predict(
     >>> bool((labels == dknn.predict(X[1000:])).all())
     True
     """
-    check_is_fitted(estimator)
+    with naming("estimator"):
+        check_is_fitted(estimator)
     if not isinstance(method, str) or not callable(getattr(estimator, method, None)):
         raise ValueError(f"method={method!r} is no method of {type(estimator).__name__}.")
     validate_parameter_constraints(

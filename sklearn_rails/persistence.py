@@ -84,6 +84,8 @@ def save(estimator: BaseEstimator, path: str | os.PathLike[str]) -> None:
         )
     with naming("path"):
         path = Path(path)
+        if "\0" in str(path):
+            raise ValueError("it holds a null character.")
     encoder = Encoder(_network_names(estimator))
     root = encoder.encode(estimator, type(estimator).__name__)
     weights = [_weights(module) for module, _ in encoder.networks]

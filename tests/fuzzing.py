@@ -826,6 +826,11 @@ def one_argument(x, *others):
     return len(x)
 
 
+class Refusing:
+    def __init__(self, *_):
+        raise UsersError("of the user")
+
+
 class OneArgument(torch.nn.Linear):
     def forward(self, x, *others):
         if others:
@@ -912,7 +917,7 @@ PARAMETERS = {
     "set": lambda: {1, 2},
     "range": lambda: range(2),
     "generator": lambda: (i for i in range(2)),
-    "type": lambda: int,
+    "type": lambda: Refusing,
     "function": lambda: one_argument,
     "lambda": lambda: lambda *_: None,
     "object": lambda: object(),

@@ -219,7 +219,8 @@ class AdaptiveKNNAttack:
         self.threat_weight, self.clip, self.verbose = threat_weight, clip, verbose
         # torch takes no integers of numpy.
         n_references, n_seeds, n_checks = int(n_references), int(n_seeds), int(n_checks)
-        self._rng = check_random_state(random_state)
+        with naming("random_state"):
+            self._rng = check_random_state(random_state)
         train, labels = self._validate(X_train, y_train, "X_train")
         self._defence: NeighborSurrogate | PopulationSurrogate
         self._threat = None

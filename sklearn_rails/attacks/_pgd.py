@@ -181,6 +181,7 @@ def pgd(
         if random_start:
             noise = check_random_state(random_state).uniform(-eps, eps, size=tuple(samples.shape))
             attacked = (samples + torch.from_numpy(noise).to(samples)).clamp(low, high)
+        max_iter = int(max_iter)
         with naming("step"):
             step = 2.5 * eps / max_iter if step is None else float(step)
         has_slope = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)

@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator, clone
 from .._blocks import map_blocks
 from .._compat import Interval
 from .._conformal import conformal_p_values, sample_rows, warn_of_few_rows
+from .._validation import naming
 from ..features import FeatureMap
 from ..neighbors.leave_one_out import kneighbors_leave_one_out
 from ..neighbors.votes import class_margin
@@ -113,7 +114,8 @@ class Arbitration(BaseEstimator):
         ValueError
             If ``alpha`` is invalid, or there is no network with an output for each class.
         """
-        self._validate_params()
+        with naming("alpha"):
+            self._validate_params()
         features, n_classes = layers[0].features, layers[0].n_classes
         if not features.has_network:
             raise ValueError(

@@ -279,7 +279,7 @@ class AffinityCurveDisplay:
             raise ValueError(
                 f"confidence={self.confidence!r} must be between 0 and 1, both excluded."
             )
-        z = norm.ppf((1 + self.confidence) / 2)
+        z = norm.ppf((1 + float(self.confidence)) / 2)
         intervals = {}
         for label, curves in self.curves.items():
             filled = _carry_forward(label, curves)

@@ -231,8 +231,11 @@ class ImmuneResponseDisplay:
         """
         check_matplotlib(f"{type(self).__name__}.plot")
         import matplotlib.pyplot as plt
+        from matplotlib.colors import Colormap
         from matplotlib.ticker import MaxNLocator
 
+        if not isinstance(cmap, str | Colormap):
+            raise TypeError(f"cmap must be a str or a Colormap, got {type(cmap).__name__}.")
         n_rows, n_plasma = self.plasma.shape[:2]
         network_labels, network_neighbors = self.network_labels, self.network_neighbors
         n_images = 2 + (network_labels is not None) + n_plasma

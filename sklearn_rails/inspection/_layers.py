@@ -179,6 +179,8 @@ class LayerDisplay:
         measured: dict[str, tuple[float, float, float]] = {}
         with naming("layers"):
             names = [layers] if isinstance(layers, str) else list(layers)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"layers={layers!r} must be strings, or None for all.")
         for layer in names:
             alone = clone(unfitted).set_params(layers=layer).fit(X_train, y_train)
             clean, first = _measure(alone, sets[0], labels)

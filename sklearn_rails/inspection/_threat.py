@@ -208,6 +208,8 @@ class ThreatDisplay:
         attacked = {k: _check_scores(f"attacked[{k!r}]", v) for k, v in self.attacked.items()}
         if not (self.threshold is None or isinstance(self.threshold, Real)):
             raise TypeError(f"threshold={self.threshold!r} must be a number, or None.")
+        with naming("threshold"):
+            threshold = np.nan if self.threshold is None else float(self.threshold)
         pair = None if axes is None else as_array(axes, "axes")
         if pair is not None and pair.shape != (2,):
             raise ValueError(
@@ -234,8 +236,8 @@ class ThreatDisplay:
             fpr, tpr, _ = roc_curve(is_attacked, np.concatenate([threat, scores]))
             self.roc_auc_[name] = float(auc(fpr, tpr))
             curves.plot(fpr, tpr, label=f"{name} (AUC {self.roc_auc_[name]:.3f})", **style)
-        if self.threshold is not None and np.isfinite(self.threshold):
-            histogram.axvline(self.threshold, color="black", linestyle=":", label="threshold")
+        if np.isfinite(threshold):
+            histogram.axvline(threshold, color="black", linestyle=":", label="threshold")
         histogram.set(xlabel="threat score", ylabel="density")
         # Above the axes: inside it would hide bars.
         histogram.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
