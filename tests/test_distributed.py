@@ -186,12 +186,12 @@ def test_there_must_be_a_client_and_a_worker(rails, monkeypatch):
     with pytest.raises(ValueError, match="client=None takes the current client, but there is none"):
         predict(rails, NEW)
 
-    class Idle:
-        def nthreads(self):
-            return {}
-
-    with pytest.raises(ValueError, match="client has no worker"):
-        predict(rails, NEW, Idle())
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as idle,
+        pytest.raises(ValueError, match="client has no worker"),
+    ):
+        predict(rails, NEW, idle)
 
 
 def test_progress_is_shown(client, rails, capsys):

@@ -37,6 +37,7 @@ eps_factors = [0.5]
 [adaptive]
 max_iter = 10
 n_restarts = 1
+n_targets = 2
 [data.digits]
 n_adaptive = 5
 n_square = 3
@@ -83,6 +84,7 @@ parameters = { layers = "conv1", population_size = 30 }
     + """
 n_adaptive = 8
 n_restarts = 1
+n_targets = 1
 threat_weights = [0.1, 1.0]
 [data.digits]
 parameters = { layers = "conv1", population_size = 30 }

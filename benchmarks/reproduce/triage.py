@@ -57,7 +57,7 @@ def rows_of(task, settings):
     alarm = ways["alarms"].threat_scorer_.predict(X) == -1
     bred_in = {"all": X, "alarms": X[alarm], "none": X[:0]}
     aims = list(itertools.product(("all", "alarms"), own["threat_weights"]))
-    n, options = own["n_adaptive"], {"n_restarts": own["n_restarts"]}
+    n, options = own["n_adaptive"], {name: own[name] for name in ("n_restarts", "n_targets")}
     evading = {
         (name, weight): task.attack_adaptively(
             ways[name], X[:n], y[:n], eps, threat_weight=weight, **options

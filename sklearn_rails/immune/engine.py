@@ -275,6 +275,7 @@ class ImmuneEngine:
         Returns
         -------
         ImmuneEngine
+            With the same indexes, memory and random numbers.
         """
         return replace(
             self,
