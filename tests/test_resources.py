@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -157,7 +158,8 @@ def test_a_process_whose_memory_is_limited_answers_as_before_or_explains():
     fitted, scorer, features = done.stdout.splitlines()
     assert "Memory is too small to fit this DkNNClassifier" in fitted
     assert "storage='float16'" in fitted
-    assert "Memory is too small to fit this ThreatScorer. Give fewer samples." in scorer
+    # What does not fit first, its index or the neighbours of one sample, depends on the allocator.
+    assert re.match(r"Memory is too small (to fit this ThreatScorer|for a single sample)", scorer)
     assert features.startswith("Memory is too small for the features of 600 samples")
 
 
