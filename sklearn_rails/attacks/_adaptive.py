@@ -227,6 +227,8 @@ class AdaptiveKNNAttack:
         with _gradients(estimator.feature_map_.device):
             train = estimator.feature_map_.to_device(train)
             self._train: Tensor = train
+            # An infinite step would turn a gradient of 0 into NaN.
+            self.step = min(self.step, torch.finfo(train.dtype).max)
             self._ball = Ball(train, self.eps, clip)
             self._ball.check(train, "X_train")
             with naming("X_train"):
