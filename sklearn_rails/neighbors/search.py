@@ -226,7 +226,9 @@ def measure_geometry(store: ExampleStore, affinity: Affinity) -> tuple[Geometry,
         store.shift_features(far, center[far])
         center = center - store.shift
         # A power of two rounds nothing.
-        typical = float(norm(sample - store.shift - center).median())
+        lengths = norm(sample - store.shift - center)
+        lengths = lengths[lengths > 0]  # most examples may be at the centre
+        typical = float(lengths.median()) if len(lengths) else 0.0
         exponent = np.frexp(typical)[1] if 0 < typical < np.inf else 0
         if abs(exponent) > MAX_EXPONENT:
             # With room for distances that are 2**28 times the typical one.

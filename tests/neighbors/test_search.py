@@ -172,3 +172,13 @@ def test_scores_err_by_less_than_their_bound(seed, n_features, affinity, storage
     for i in range(len(Q)):
         one = search._score_error(moved[i : i + 1], float(lengths[i, 0]), float(scores[i].min()))
         assert np.abs(scores - exact)[i].max() <= one <= 1.01 * bound[i].max()
+
+
+@pytest.mark.parametrize("algorithm", ["brute", "kd_tree"])
+def test_large_examples_are_found_among_many_that_are_all_the_same(algorithm):
+    X = torch.zeros(20, 1, dtype=torch.float64)
+    X[:8, 0] = 1e154 * torch.arange(-4, 4, dtype=torch.float64)
+    neighbors = ClassNeighbors(algorithm=algorithm).fit(X, np.zeros(20, int), n_classes=1)
+    affinity, index = neighbors.kneighbors(X[:1] - 1e153, 3)
+    assert index.tolist() == [[[0, 1, 2]]]
+    np.testing.assert_allclose(affinity, [[[-1e153, -1.1e154, -2.1e154]]])
