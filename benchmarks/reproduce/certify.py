@@ -5,7 +5,6 @@ Share of test images that are classified correctly, and certainly so within a Eu
 2019) of a network, of nearest neighbours and of RAILS. Noise is drawn by a seed.
 """
 
-import time
 from functools import partial
 
 import numpy as np
@@ -44,7 +43,6 @@ def rows_of(task, settings):
         parameters = entry.get("parameters", {})
         X, y = (A[: entry.get("n_test")] for A in (task.X_test, task.y_test))
         fitted = None if kind == "network" else task.fit(kind, parameters)
-        start = time.perf_counter()
         if sigma is None:
             radii = np.where(fitted.predict(X) == y, fitted.certified_radius(X), -1)
         else:
@@ -57,7 +55,6 @@ def rows_of(task, settings):
             "parameters": describe(parameters),
             "sigma": "" if sigma is None else sigma,
             "test rows": len(X),
-            "ms an image": round(1e3 * (time.perf_counter() - start) / len(X), 1),
             **{f"radius {radius:g}": share(radii >= radius) for radius in settings["radii"]},
         }
         print(*list(line.values())[2:], flush=True)
