@@ -18,9 +18,9 @@ from torch import nn
 
 from ._compat import Interval, StrOptions, VisualBlock
 from ._validation import (
+    check_label_kind,
     find_user_level,
     flatten,
-    hold_strings,
     naming,
     plain_scalar,
     shape_hint,
@@ -223,10 +223,7 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
         """
         predicted = self.predict(X)
         labels = validate_labels(y, len(predicted))
-        if hold_strings(labels) != hold_strings(self.classes_):
-            raise ValueError(
-                f"y has labels of {labels.dtype}, but those of fit are of {self.classes_.dtype}."
-            )
+        check_label_kind(labels, self.classes_)
         weights = None
         if sample_weight is not None:
             weights = validate_weights(sample_weight, len(predicted))

@@ -358,8 +358,7 @@ class DkNNClassifier(NetworkClassifier):
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------
@@ -454,14 +453,14 @@ class DkNNClassifier(NetworkClassifier):
 
     def _certify(self, X: Any) -> NDArray[np.float64]:
         ((layer, neighbors),) = self._neighbors.items()
-        stored_labels = torch.from_numpy(self._labels)[neighbors.index.cpu()]
+        labels = torch.from_numpy(self._labels).to(self._features.device)
+        stored_labels = labels[neighbors.index.to(labels.device)]
 
         def certify(block: slice) -> tuple[NDArray[np.float64]]:
             queries = self._features(X[block])[layer]
             _, nearest = neighbors.kneighbors(queries, 1)
-            predicted = torch.from_numpy(self._labels)[nearest[:, 0, 0].cpu()]
-            labels, predicted = stored_labels.to(queries.device), predicted.to(queries.device)
-            return (certified_radii(queries, neighbors.store, labels, predicted),)
+            predicted = labels[nearest[:, 0, 0]]
+            return (certified_radii(queries, neighbors.store, stored_labels, predicted),)
 
         # Squares of distances, and masks, ranks and bounds of them, in double precision.
         row_bytes = self._features.row_bytes + 6 * 8 * len(stored_labels)

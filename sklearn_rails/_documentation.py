@@ -81,8 +81,9 @@ def document(cls: type[T]) -> type[T]:
     type
         The class itself.
     """
-    members = [value for value in vars(cls).values() if callable(value)]
-    for member in (cls, *members):
+    # Of a method that is only available in some settings, the function itself.
+    members = [v if callable(v) else getattr(v, "__wrapped__", v) for v in vars(cls).values()]
+    for member in (cls, *filter(callable, members)):
         lines = []
         for line in (member.__doc__ or "").split("\n"):
             name = line.strip().removeprefix("%(").removesuffix(")s")

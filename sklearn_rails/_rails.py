@@ -24,8 +24,8 @@ from ._documentation import document
 from ._threat import ThreatScorer
 from ._validation import (
     check_known_labels,
+    check_label_kind,
     check_same_length,
-    hold_strings,
     naming,
     read_in_order,
     read_samples,
@@ -395,10 +395,7 @@ class RAILSClassifier(NetworkClassifier):
             check_known_labels(labels, classes, "classes")
         elif self._classes_are_named:
             check_known_labels(labels, known, "the classes of the first call")
-        if hold_strings(known) != hold_strings(labels):
-            raise ValueError(
-                f"y has labels of {labels.dtype}, but those of fit are of {known.dtype}."
-            )
+        check_label_kind(labels, known)
         # All samples are indexed anew, by the network as it is now.
         self._features.follow_network()
         has_changed = self._features.network_has_changed
@@ -593,8 +590,7 @@ class RAILSClassifier(NetworkClassifier):
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, *input_shape), or torch.Tensor
-            Inputs.
+        %(X)s
 
         Returns
         -------

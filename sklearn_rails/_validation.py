@@ -262,17 +262,25 @@ def check_same_length(**arrays: Any) -> None:
         )
 
 
-def hold_strings(labels: NDArray[Any]) -> bool:
-    """Check whether all labels are strings.
+def check_label_kind(y: NDArray[Any], classes: NDArray[Any]) -> None:
+    """Check that labels are strings if the classes are, and nothing else if they are not.
 
     Parameters
     ----------
-    labels : ndarray of shape (n,)
+    y : ndarray of shape (n,)
+    classes : ndarray of shape (n_classes,)
+        Of fit.
 
-    Returns
-    -------
-    bool
+    Raises
+    ------
+    ValueError
+        If they are of another kind.
     """
+    if _hold_strings(y) != _hold_strings(classes):
+        raise ValueError(f"y has labels of {y.dtype}, but those of fit are of {classes.dtype}.")
+
+
+def _hold_strings(labels: NDArray[Any]) -> bool:
     return all(isinstance(label, str) for label in labels.tolist())
 
 

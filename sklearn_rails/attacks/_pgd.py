@@ -17,10 +17,16 @@ from .._base import NETWORK_CONSTRAINTS
 from .._blocks import halve_until_it_fits
 from .._compat import Interval, StrOptions, validate_parameter_constraints
 from .._extractor import TorchFeatureExtractor
-from .._validation import check_same_length, check_samples, naming, plain_scalar
+from .._validation import (
+    check_same_length,
+    check_samples,
+    find_user_level,
+    naming,
+    plain_scalar,
+)
 from ..features import FeatureMap
 from ..features.frozen import as_module
-from ..features.gradient import NotDifferentiableError, differentiate
+from ..features.gradient import NotDifferentiableError, differentiate, lead_of_others
 from ..metrics._arrays import check_labels
 from ._ball import Ball
 
@@ -55,8 +61,8 @@ def pgd(
     """Attack a network by projected gradient descent in an L-infinity ball around each sample.
 
     Each step moves a sample by ``step`` along the sign of the gradient of the loss, and then back
-    into the ball and into ``clip`` [1]_. All steps are made, and the last point is
-    returned, whether or not the network misclassifies it.
+    into the ball and into ``clip`` [1]_. All steps are made, and the last point is returned,
+    whether or not the network misclassifies it.
 
     Parameters
     ----------
@@ -205,7 +211,7 @@ def pgd(
             f"The gradient of loss={loss!r} is 0 for {n_stuck} of {len(samples)} samples, which "
             f"are not attacked{advice}.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=find_user_level(),
         )
     attacked = attacked.reshape(len(attacked), *shape)
     return attacked.to(X.device) if isinstance(X, Tensor) else attacked.cpu().numpy()
@@ -228,13 +234,9 @@ def _check_classes(y: Any, samples: Tensor, feature_map: FeatureMap) -> Tensor:
 def _loss_gradient(feature_map: FeatureMap, points: Tensor, labels: Tensor, name: str) -> Tensor:
     def loss(points: Tensor) -> Tensor:
         logits = feature_map.with_gradient(points, (feature_map.output,))[feature_map.output]
-        is_single = logits.shape[1] == 1
         if name == "margin":
-            logits = torch.cat([-logits, logits], dim=1) if is_single else logits
-            own = logits.gather(1, labels[:, None])
-            others = logits.scatter(1, labels[:, None], -torch.inf)
-            return (others.amax(dim=1) - own[:, 0]).sum()
-        if is_single:
+            return lead_of_others(logits, labels)
+        if logits.shape[1] == 1:
             targets = labels.to(logits)
             return binary_cross_entropy_with_logits(logits[:, 0], targets, reduction="sum")
         return cross_entropy(logits, labels, reduction="sum")

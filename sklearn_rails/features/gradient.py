@@ -11,6 +11,28 @@ class NotDifferentiableError(Exception):
     """A function of a network has no gradient; the message says why."""
 
 
+def lead_of_others(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return by how much the largest logit of another class exceeds that of the labels.
+
+    Its gradient does not vanish where the softmax is rounded to 1, as the cross-entropy's does.
+
+    Parameters
+    ----------
+    logits : torch.Tensor of shape (n, n_classes) or (n, 1)
+        A single one is that of the second of two classes.
+    labels : torch.Tensor of shape (n,), int64
+
+    Returns
+    -------
+    torch.Tensor of shape (n,)
+    """
+    if logits.shape[1] == 1:
+        return torch.where(labels == 1, -logits[:, 0], logits[:, 0])
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.amax(dim=1) - own
+
+
 def differentiate(
     function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:

@@ -19,7 +19,7 @@ from sklearn.utils import check_random_state
 
 from .._validation import check_samples, find_user_level, naming, validate_labels
 from .frozen import as_module
-from .gradient import NotDifferentiableError, differentiate
+from .gradient import NotDifferentiableError, differentiate, lead_of_others
 from .mapping import Array, FeatureMap
 from .truncation import INPUT
 
@@ -210,12 +210,7 @@ class HeldOutAttack:
 
         def margin(x: torch.Tensor) -> torch.Tensor:
             outputs = self._features.with_gradient(x, (output,))[output]
-            # Not the cross-entropy, whose gradient vanishes where the network is sure.
-            if outputs.shape[1] == 1:
-                return torch.where(labels == 1, -outputs[:, 0], outputs[:, 0])
-            own = outputs.gather(1, labels[:, None])[:, 0]
-            others = outputs.scatter(1, labels[:, None], -torch.inf)
-            return others.amax(dim=1) - own
+            return lead_of_others(outputs, labels)
 
         return differentiate(margin, x).nan_to_num(nan=0.0)
 

@@ -48,9 +48,10 @@ def certified_radii(
         0 or more; infinite where all examples are of one class.
     """
     quick, error = _squared_distances(queries, store)
+    unit = _rounding_unit(queries)
     return np.array(
         [
-            _certify(query.double(), store, squares, classes == own, error, unit(queries))
+            _certify(query.double(), store, squares, classes == own, error, unit)
             for query, squares, own in zip(queries, quick, predicted, strict=True)
         ]
     )
@@ -100,7 +101,7 @@ def _certify(
     return max(0.0, radius * (1 - rounding) - of_cast)
 
 
-def unit(queries: Tensor) -> float:
+def _rounding_unit(queries: Tensor) -> float:
     """Return the relative error of one rounding."""
     return torch.finfo(queries.dtype).eps / 2
 
@@ -118,5 +119,5 @@ def _squared_distances(queries: Tensor, store: ExampleStore) -> tuple[Tensor, fl
         largest = max(largest, float(norms.max()))
         squares[:, members] = torch.addmm(norms, queries, examples.T, alpha=-2)
     total = (float(lengths.max()) ** 0.5 + largest**0.5) ** 2
-    error = 4 * (queries.shape[1] + 4) * unit(queries) * total
+    error = 4 * (queries.shape[1] + 4) * _rounding_unit(queries) * total
     return squares.add_(lengths[:, None]).clamp_(min=0), error

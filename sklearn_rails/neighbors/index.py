@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._compat import HasMethods, Interval, StrOptions, validate_parameter_constraints
 from .._conformal import sample_rows
-from .._validation import as_array
+from .._validation import as_array, is_dense
 from .affinity import Euclidean, resolve_affinity
 from .base import ProductAffinity
 from .estimators import EstimatorSearch
@@ -488,12 +488,7 @@ def _check_count(value: Any, name: str) -> int:
 
 
 def _check_features(features: Any, name: str) -> None:
-    is_usable = (
-        isinstance(features, Tensor)
-        and features.is_floating_point()
-        and not (features.is_nested or features.is_meta)
-        and features.layout == torch.strided
-    )
+    is_usable = is_dense(features) and features.is_floating_point()
     if not (is_usable and features.ndim == 2):
         got = tuple(features.shape) if is_usable else type(features).__name__
         raise TypeError(
