@@ -349,7 +349,7 @@ class DkNNClassifier(NetworkClassifier):
 
     @available_if(_certifies)
     def certified_radius(self, X: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
-        """Compute a Euclidean radius within which no input is predicted otherwise.
+        """Compute a Euclidean radius within which the prediction cannot change.
 
         Only there with ``n_neighbors=1``, ``layers="input"`` and ``algorithm="auto"`` or
         :class:`~sklearn_rails.neighbors.ExactNeighbors` in full precision. The prediction is then
@@ -363,9 +363,9 @@ class DkNNClassifier(NetworkClassifier):
         Returns
         -------
         ndarray of shape (n,), float64
-            In the units of X: a lower bound of the norm of every change of the input that changes
-            the prediction, whoever makes it. 0 where samples of two classes tie, infinite with one
-            class. Rounding is taken off.
+            In the units of X: every change of the input that changes its predicted label has at
+            least this Euclidean norm. 0 where samples of two classes tie, infinite with one class.
+            Rounding errors are subtracted.
 
         Notes
         -----

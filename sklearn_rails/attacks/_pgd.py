@@ -87,10 +87,10 @@ def pgd(
         What the attack increases.
 
         - ``"cross_entropy"``: as in the paper. Its gradient is zero, and the sample does not move,
-          where a network is so sure that the softmax is rounded to 1; a warning counts such
-          samples. The network then looks more robust than it is.
+          where the network is so confident that the softmax is rounded to 1. A warning counts such
+          samples: the network looks more robust than it is.
         - ``"margin"``: the largest logit of another class minus that of the class [2]_. Choose it
-          for networks that are so sure.
+          for such networks.
     random_start : bool, default=False
         Start from a random point of the ball instead of the sample itself.
     input_shape : tuple of int, default=None

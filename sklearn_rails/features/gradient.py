@@ -43,7 +43,7 @@ def differentiate(
     function : callable
         Runs the network.
     x : torch.Tensor
-        Where.
+        Point at which the gradient is computed.
 
     Returns
     -------
