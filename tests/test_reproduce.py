@@ -1,6 +1,7 @@
 """The scripts of benchmarks/reproduce run from end to end on few rows."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -34,6 +35,7 @@ grid = { gate__alpha = [0.2, 0.5] }
     "attacks": ROWS
     + """
 eps_factors = [0.5]
+threat_weights = [0.0, 1.0]
 [adaptive]
 max_iter = 10
 n_restarts = 1
@@ -169,12 +171,19 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert rows[2]["robust against k-NN vote"] == ""
     elif script == "attacks":
         shares = {(r["classifier"], r["attack"], r["eps"]): r["right"] for r in rows}
-        assert len(shares) == len(rows) == 6 + 9 + 1 + 2
+        assert len(shares) == len(rows) == 6 + 9 + 1 + 4
         evading = "adaptive, threat weight 1; right or alarmed"
         assert 0 <= float(shares["RAILS", evading, "60/255"].split()[0]) <= 100
         assert (results / "attacks_digits.png").stat().st_size > 5_000
         worst = float(shares["RAILS", "worst", "60/255"].split()[0])
-        assert worst <= float(shares["RAILS", "adaptive", "60/255"].split()[0])
+        alone = float(shares["RAILS", "adaptive", "60/255"].split()[0])
+        assert worst <= alone
+        (steps,) = (r["left after steps"] for r in rows if r["left after steps"])
+        steps = dict(json.loads(steps))
+        assert max(steps) == 10 * (2 * 2 + 1)
+        assert steps[0] >= steps[max(steps)] == alone
+        held = [float(r["right"].split()[0]) for r in rows if r["attack"].endswith("or alarmed")]
+        assert held[-1] <= min(held[:-1])
     elif script == "detect":
         names = {row["detector"] for row in rows}
         assert len(names) == 7 + 2 + 2

@@ -1,14 +1,16 @@
 """Attacks on the network and on the defences: ``python attacks.py mnist --data-home DIR``.
 
 Transfer attacks are made on the network; the others know the defence: the adaptive attack by its
-gradients, Square by its scores, HopSkipJump by its answers. A row counts as robust if it is right
-under every attack that was tried on it. Where there is a threat scorer, an alarm is as good as a
-right answer.
+gradients, Square by its scores, HopSkipJump by its answers. The last two are dear, and are tried
+on the first rows that the adaptive attack leaves. A row counts as robust if it is right under every
+attack that was tried on it. Where there is a threat scorer, an alarm is as good as a right answer.
 """
 
 import functools
+import json
 import random
 import re
+from time import perf_counter
 
 import matplotlib as mpl
 import numpy as np
@@ -26,7 +28,7 @@ from torch import nn
 from train import attack_settings
 
 from sklearn_rails import ThreatScorer
-from sklearn_rails.attacks import pgd
+from sklearn_rails.attacks import AdaptiveKNNAttack, pgd
 
 
 def seeded(attack):
@@ -98,27 +100,41 @@ def by_hop_skip_jump(predict, X, eps, starts, max_iter=10):
 
 
 def draw(path, lines):
-    """Draw accuracy against the radius of the adaptive attack, with 95 % intervals."""
+    """Draw accuracy under the adaptive attack, with 95 % intervals: against radius and steps."""
+    mpl.use("Agg")
+    figure, (by_radius, by_steps) = plt.subplots(ncols=2, figsize=(9, 3.5), layout="constrained")
     curves = {}
     for line in lines:
-        if line["attack"] in ("none", "adaptive") and line["classifier"] != "network":
+        name = line["classifier"]
+        if line["attack"] in ("none", "adaptive") and name != "network":
             eps = 0 if line["attack"] == "none" else int(line["eps"].split("/")[0])
-            points = curves.setdefault(line["classifier"], {})
+            points = curves.setdefault(name, {})
             points[eps] = [float(number) for number in re.findall(r"[\d.]+", line["right"])]
-    mpl.use("Agg")
-    figure, axes = plt.subplots(figsize=(5, 3.5))
+        if line["attack"] == "adaptive" and line["eps"] == lines[0]["eps"]:
+            steps, left = zip(*json.loads(line["left after steps"]), strict=True)
+            by_steps.step(steps, left, where="post", label=name)
     for name, points in curves.items():
         eps = sorted(points)
         if len(eps) < 3:  # no curve was asked for
             continue
         right, low, high = (np.array(part) for part in zip(*[points[e] for e in eps], strict=True))
-        axes.errorbar(eps, right, (right - low, high - right), marker="o", capsize=3, label=name)
-    axes.set(xlabel="eps · 255", ylabel="accuracy, %", ylim=(0, 100))
-    axes.set_title(lines[0]["data"].split(" (")[0])
-    if axes.has_data():
-        axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+        error = right - low, high - right
+        by_radius.errorbar(eps, right, error, marker="o", capsize=3, label=name)
+    by_radius.set(xlabel="eps · 255", ylabel="accuracy, %", ylim=(0, 100))
+    by_steps.set(xlabel="gradient steps of each image", ylim=(0, 100))
+    figure.suptitle(lines[0]["data"].split(" (")[0])
+    for axes in (by_radius, by_steps):
+        if axes.has_data():
+            axes.legend()
+    figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def left_after_steps(right, n_steps):
+    """Give the shares of right rows, in per cent, after each number of steps where some fell."""
+    fell = np.unique(n_steps[~right])
+    ends = np.unique([0, *fell, *n_steps]).tolist()
+    return [(n, round(100 * float(np.mean(right | (n_steps > n))), 1)) for n in ends]
 
 
 def rows_of(task, settings):
@@ -129,7 +145,7 @@ def rows_of(task, settings):
 
     lines = []
 
-    def row(name, parameters, kind, radius, right):
+    def row(name, parameters, kind, radius, right, seconds="", steps=""):
         line = {
             "data": task.title,
             "network": task.name,
@@ -140,23 +156,37 @@ def rows_of(task, settings):
             "eps": f"{radius * 255:.0f}/255",
             "test rows": len(right),
             "right": share(right),
+            "seconds a row": seconds,
+            "left after steps": steps,
         }
-        print(*list(line.values())[2:], flush=True)
+        print(*list(line.values())[2:-1], flush=True)
         lines.append(line)
         return line
 
-    def adaptive(fitted, X, y, eps, threat_weight=0):
-        return task.attack_adaptively(
-            fitted, X, y, eps, threat_weight=threat_weight, **own["adaptive"]
+    def adaptive(fitted, n, radius, threat_weight=0):
+        """Give attacked rows, the seconds of each, and the number of steps it took."""
+        attack = AdaptiveKNNAttack(
+            fitted,
+            task.X,
+            task.y,
+            eps=radius,
+            threat_weight=threat_weight,
+            random_state=0,
+            verbose=1,
+            **own["adaptive"],
         )
+        start = perf_counter()
+        attacked = attack.generate(X[:n], y[:n])
+        return attacked, round((perf_counter() - start) / n, 2), attack.n_steps_
 
+    n_adaptive, n_curve = (min(own[name], len(X)) for name in ("n_adaptive", "n_curve"))
     right = {"none": predict_network(task.network, X) == y}
     right |= {k: predict_network(task.network, Z) == y for k, Z in transferred.items()}
     for kind, r in right.items():
         yield row("network", {}, kind, eps, r)
-    yield row("network", {}, "worst", eps, np.all(list(right.values()), axis=0))
-    direct = {
-        "adaptive": (adaptive, own["n_adaptive"]),
+    worst = np.all(list(right.values()), axis=0)[:n_adaptive]
+    yield row("network", {}, "worst", eps, worst)
+    dearer = {
         "Square on scores": (by_square, own["n_square"]),
         "HopSkipJump": (
             lambda fitted, X, y, eps: by_hop_skip_jump(fitted.predict, X, eps, task.X[:500]),
@@ -170,35 +200,43 @@ def rows_of(task, settings):
         right |= {k: fitted.predict(Z) == y for k, Z in transferred.items()}
         for kind, r in right.items():
             yield row(name, parameters, kind, eps, r)
-        for kind, (make, n_rows) in direct.items():
-            n = min(n_rows, len(X))
-            if n == 0:
+        attacked, seconds, n_steps = adaptive(fitted, n_adaptive, eps)
+        right["adaptive"] = fitted.predict(attacked) == y[:n_adaptive]
+        steps = describe(left_after_steps(right["adaptive"], n_steps))
+        yield row(name, parameters, "adaptive", eps, right["adaptive"], seconds, steps)
+        worst = np.all([r[:n_adaptive] for r in right.values()], axis=0)
+        for kind, (make, n_rows) in dearer.items():
+            left = worst.nonzero()[0][:n_rows]
+            if len(left) == 0:
                 continue
-            attacked = make(fitted, X[:n], y[:n], eps).astype(np.float32)
-            right[kind] = fitted.predict(attacked) == y[:n]
-            yield row(name, parameters, kind, eps, right[kind])
-        # Over the rows of the adaptive attack; the dearer attacks count where they were tried.
-        worst = right["adaptive"].copy()
-        for r in right.values():
-            worst[: len(r)] &= r[: len(worst)]
+            start = perf_counter()
+            attacked = make(fitted, X[left], y[left], eps).astype(np.float32)
+            seconds = round((perf_counter() - start) / len(left), 2)
+            r = fitted.predict(attacked) == y[left]
+            yield row(name, parameters, f"{kind}, rows left", eps, r, seconds)
+            worst[left] &= r
         yield row(name, parameters, "worst", eps, worst)
 
-        n = min(own["n_curve"], len(X))
         for factor in own["eps_factors"]:
-            attacked = adaptive(fitted, X[:n], y[:n], factor * eps)
-            right = fitted.predict(attacked) == y[:n]
-            yield row(name, parameters, "adaptive", factor * eps, right)
+            attacked, seconds, _ = adaptive(fitted, n_curve, factor * eps)
+            r = fitted.predict(attacked) == y[:n_curve]
+            yield row(name, parameters, "adaptive", factor * eps, r, seconds)
         draw(task.results / f"attacks_{task.name}.png", lines)
 
         if "threat" in entry:
             scorer = ThreatScorer(task.network, random_state=0, **entry["threat"])
             fitted = task.fit(entry["kind"], {**parameters, "threat_scorer": scorer})
-            n = min(own["n_adaptive"], len(X))
-            for weight in (0, 1):
-                attacked = adaptive(fitted, X[:n], y[:n], eps, threat_weight=weight)
-                kind = f"adaptive, threat weight {weight}; right or alarmed"
-                known = {**parameters, "threat_scorer": entry["threat"]}
-                yield row(name, known, kind, eps, is_held(fitted, attacked, y[:n]))
+            known = {**parameters, "threat_scorer": entry["threat"]}
+            flagged = fitted.threat_scorer_.predict(X) == -1
+            yield row(name, known, "none; flagged", eps, flagged)
+            n = n_adaptive
+            held = [is_held(fitted, Z[:n], y[:n]) for Z in (X, *transferred.values())]
+            for weight in own["threat_weights"]:
+                attacked, seconds, _ = adaptive(fitted, n, eps, weight)
+                held.append(is_held(fitted, attacked, y[:n]))
+                kind = f"adaptive, threat weight {weight:g}; right or alarmed"
+                yield row(name, known, kind, eps, held[-1], seconds)
+            yield row(name, known, "worst; right or alarmed", eps, np.all(held, axis=0))
 
 
 if __name__ == "__main__":

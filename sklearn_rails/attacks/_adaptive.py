@@ -99,6 +99,10 @@ class AdaptiveKNNAttack:
         sample is moved toward. 0 leaves these ascents out.
     n_references : int, default=10
         Number of references of each class in each layer.
+    max_steps : int, default=None
+        Budget: number of gradient steps of each sample at most, over all targets and restarts. The
+        last of these may be cut short, and later ones are left out. None takes all of them,
+        ``max_iter * (2 * n_targets + n_restarts)``, with ``gate=Arbitration()`` twice the restarts.
     refresh : int, default=10
         Number of steps after which the references are recomputed and success is checked.
     n_seeds : int, default=3
@@ -119,6 +123,13 @@ class AdaptiveKNNAttack:
         Seed of the starting points and of the seeds for RAILS.
     verbose : int, default=0
         1 shows a progress bar over the samples of all restarts.
+
+    Attributes
+    ----------
+    n_steps_ : ndarray of shape (n,), int
+        Gradient steps that each sample of the last call of :meth:`generate` took, with those of the
+        whole target or restart that fooled. Plot the share of samples that took more steps, or were
+        not fooled, against the number of steps: where the curve is flat, more steps are of no use.
 
     Raises
     ------
@@ -167,6 +178,7 @@ class AdaptiveKNNAttack:
         **{name: [Interval(Real, 0, None, closed="left")] for name in ("eps", "threat_weight")},
         **{name: [Interval(Integral, 1, None, closed="left")] for name in COUNTS},
         "n_targets": [Interval(Integral, 0, None, closed="left")],
+        "max_steps": [Interval(Integral, 1, None, closed="left"), None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -183,6 +195,7 @@ class AdaptiveKNNAttack:
         n_restarts: int = 5,
         n_targets: int = 12,
         n_references: int = 10,
+        max_steps: int | None = None,
         refresh: int = 10,
         n_seeds: int = 3,
         n_checks: int = 5,
@@ -216,6 +229,7 @@ class AdaptiveKNNAttack:
             self.step = self.eps / 8 if step is None else float(step)
         self.max_iter, self.n_restarts, self.refresh = int(max_iter), int(n_restarts), int(refresh)
         self.n_targets = int(n_targets)
+        self.max_steps = None if max_steps is None else int(max_steps)
         self.threat_weight, self.clip, self.verbose = threat_weight, clip, verbose
         # torch takes no integers of numpy.
         n_references, n_seeds, n_checks = int(n_references), int(n_seeds), int(n_checks)
@@ -278,6 +292,7 @@ class AdaptiveKNNAttack:
 
     def _attack(self, samples: Tensor, labels: Tensor) -> Tensor:
         attacked = samples.clone()
+        n_steps = np.zeros(len(samples), dtype=np.int64)
         robust = (~self._is_fooled(samples, labels)).nonzero()[:, 0]
         sample_bytes = self._defence.sample_bytes
         if self._threat is not None:
@@ -286,7 +301,8 @@ class AdaptiveKNNAttack:
         ascents = self._ascents(samples, labels)
         total = len(robust) * len(ascents)
         with tqdm(total=total, unit="sample", disable=not self.verbose) as progress:
-            for number, ascend in enumerate(ascents, start=1):
+            for number, (ascend, n_iter) in enumerate(ascents, start=1):
+                n_steps[robust.cpu().numpy()] += n_iter
                 fooled = torch.zeros_like(robust, dtype=torch.bool)
                 for i in range(0, len(robust), size):
                     block = robust[i : i + size]
@@ -296,27 +312,39 @@ class AdaptiveKNNAttack:
                     # A fooled sample needs no more ascents.
                     progress.update(len(block) + int(found.sum()) * (len(ascents) - number))
                 robust = robust[~fooled]
+        self.n_steps_ = n_steps
         return attacked
 
     def _ascents(
         self, samples: Tensor, labels: Tensor
-    ) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """Return functions from indices of samples to points, and which of them fool."""
+    ) -> list[tuple[Callable[[Tensor], tuple[Tensor, Tensor]], int]]:
+        """Return functions from indices of samples to points and which fool, and their steps."""
 
-        def match(block: Tensor, target: int, start: str) -> tuple[Tensor, Tensor]:
-            return self._match(samples[block], labels[block], targets[block, target], start)
+        def match(block: Tensor, target: int, start: str, n_iter: int) -> tuple[Tensor, Tensor]:
+            aims = targets[block, target]
+            return self._match(samples[block], labels[block], aims, start, n_iter)
 
-        def ascend(block: Tensor, restart: int, with_network: bool) -> tuple[Tensor, Tensor]:
-            return self._ascend(samples[block], labels[block], restart, with_network)
+        def ascend(
+            block: Tensor, restart: int, with_network: bool, n_iter: int
+        ) -> tuple[Tensor, Tensor]:
+            return self._ascend(samples[block], labels[block], restart, with_network, n_iter)
 
         targets = self._targets(samples, labels)
         matches = itertools.product(range(targets.shape[1]), TARGET_STARTS)
         # The vote can be fooled without the network, but not a label that the network decides.
         aims = (False, True) if self._defence.keeps_network else (False,)
         restarts = itertools.product(range(self.n_restarts), aims)
-        return [
+        ascents: list[functools.partial[tuple[Tensor, Tensor]]] = [
             *(functools.partial(match, target=t, start=start) for t, start in matches),
             *(functools.partial(ascend, restart=r, with_network=aim) for r, aim in restarts),
+        ]
+        budget = len(ascents) * self.max_iter
+        if self.max_steps is not None:
+            budget = min(budget, self.max_steps)
+        return [
+            (functools.partial(ascend, n_iter=n_iter), n_iter)
+            for i, ascend in enumerate(ascents)
+            if (n_iter := min(self.max_iter, budget - i * self.max_iter)) > 0
         ]
 
     def _validate(
@@ -352,7 +380,7 @@ class AdaptiveKNNAttack:
         return index.flatten(1).gather(1, nearest.indices).masked_fill(~exists, -1)
 
     def _match(
-        self, samples: Tensor, labels: Tensor, targets: Tensor, start: str
+        self, samples: Tensor, labels: Tensor, targets: Tensor, start: str, n_iter: int
     ) -> tuple[Tensor, Tensor]:
         """Increase the affinity to targets; return the last points and which fool."""
         low, high = self._ball.bounds(samples)
@@ -365,7 +393,7 @@ class AdaptiveKNNAttack:
             for layer, features in feature_map(aims).items()
         }
         scales = self._defence.scales(samples)
-        for iteration in range(self.max_iter):
+        for iteration in range(n_iter):
             if iteration % self.refresh == 0:
                 scores = soften(feature_map, points, self._defence.affinity, references, scales)
                 threat = None if self._threat is None else self._threat.soften(points)
@@ -376,7 +404,7 @@ class AdaptiveKNNAttack:
                 return total if threat is None else total - self.threat_weight * threat(points)
 
             # Shorter steps toward the end come closer.
-            step = self.step * (1 - iteration / self.max_iter)
+            step = self.step * (1 - iteration / n_iter)
             points = points + step * self._gradient(objective, points).sign()
             points = points.clamp(low, high)
         fooled = self._defence.guess(points) != labels
@@ -386,7 +414,7 @@ class AdaptiveKNNAttack:
         return points, fooled
 
     def _ascend(
-        self, samples: Tensor, labels: Tensor, restart: int, with_network: bool
+        self, samples: Tensor, labels: Tensor, restart: int, with_network: bool, n_iter: int
     ) -> tuple[Tensor, Tensor]:
         """Maximize the margin from one start; return the last points and which fool."""
         low, high = self._ball.bounds(samples)
@@ -394,8 +422,8 @@ class AdaptiveKNNAttack:
         fooled = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
         left = torch.arange(len(samples), device=samples.device)
         scales = self._defence.scales(samples)
-        for iteration in range(self.max_iter + 1):
-            if iteration % self.refresh == 0 or iteration == self.max_iter:
+        for iteration in range(n_iter + 1):
+            if iteration % self.refresh == 0 or iteration == n_iter:
                 references, predicted = self._defence.respond(points[left])
                 suspects = left[predicted != labels[left]]
                 if len(suspects):
@@ -403,7 +431,7 @@ class AdaptiveKNNAttack:
                     kept = (~fooled[left]).nonzero()[:, 0]
                     left = left[kept]
                     references = {k: (f[kept], e[kept]) for k, (f, e) in references.items()}
-                if len(left) == 0 or iteration == self.max_iter:
+                if len(left) == 0 or iteration == n_iter:
                     break
                 objective = self._objective(
                     points[left], labels[left], references, scales, restart, with_network

@@ -39,7 +39,12 @@ class Ball:
         self._domain = low, high
 
     def check(self, samples: Tensor, name: str) -> None:
-        """Check that a pair ``clip`` holds all samples."""
+        """Check that a pair ``clip`` holds all samples, and that the balls are finite."""
+        if self._clip is None and not torch.cat(self.bounds(samples)).isfinite().all():
+            raise ValueError(
+                f"eps={self._eps:g} is too large for {name} in {samples.dtype}: without clip, the "
+                "balls contain infinite points. Pass clip, or a smaller eps."
+            )
         if self._domain is None or isinstance(self._clip, str):
             return
         if (samples < self._domain[0]).any() or (samples > self._domain[1]).any():

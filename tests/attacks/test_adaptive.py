@@ -120,6 +120,30 @@ def test_targets_of_other_classes_fool_more_than_a_restart_alone(task):
     assert accuracy[1] <= accuracy[0] - 0.05
 
 
+def test_a_budget_ends_the_attack_as_the_steps_it_took_say(task):
+    network, X, y, X_test, y_test = task
+    estimator = defence("k-NN", network, X, y)
+    settings = {"eps": 0.1, "max_iter": 20, "n_restarts": 2, "n_targets": 2, "random_state": 0}
+    whole = AdaptiveKNNAttack(estimator, X, y, **settings)
+    fooled = estimator.predict(whole.generate(X_test, y_test)) != y_test
+    wrong = estimator.predict(X_test) != y_test
+    assert_array_equal(whole.n_steps_ == 0, wrong)
+    assert set(whole.n_steps_[fooled & ~wrong]) > {20}
+    assert (whole.n_steps_[~fooled] == (2 * 2 + 2) * 20).all()
+
+    # Targets come first, and do not depend on what follows.
+    for max_steps in (20, 40):
+        short = AdaptiveKNNAttack(estimator, X, y, max_steps=max_steps, **settings)
+        attacked = short.generate(X_test, y_test)
+        assert_array_equal(short.n_steps_, whole.n_steps_.clip(max=max_steps))
+        assert_array_equal(
+            estimator.predict(attacked) != y_test, fooled & (whole.n_steps_ <= max_steps)
+        )
+    cut = AdaptiveKNNAttack(estimator, X, y, max_steps=85, **settings)
+    cut.generate(X_test, y_test)
+    assert cut.n_steps_.max() == 85
+
+
 def test_targets_are_the_nearest_samples_of_other_classes(digits):
     X, y = digits[0][:30], np.repeat([0, 1], [27, 3])
     dknn = DkNNClassifier(n_neighbors=1, calibration="leave-one-out").fit(X, y)
@@ -321,6 +345,8 @@ def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(tas
             ({"clip": value}, ValueError, "clip=.* must be 'auto', None or a pair")
             for value in ("range", (1, 0), (0, np.inf), (np.nan, 1), (0, 0), 1, (0, 1, 2), ("a", 1))
         ),
+        ({"eps": 1e300, "clip": None}, ValueError, r"eps=1e\+300 is too large for X_train"),
+        ({"max_steps": 0}, ValueError, "'max_steps' parameter .* Got 0"),
         ({"n_targets": -1}, ValueError, "'n_targets' parameter .* Got -1"),
         ({"clip": (0, 0.5)}, ValueError, "clip=.0, 0.5. does not hold X_train, .* from 0 to 1"),
         ({"clip": (0.5, 2)}, ValueError, "clip=.0.5, 2. does not hold X_train"),
