@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,16 +63,17 @@ base = { layers = "conv1", population_size = 30 }
 [[data.digits.variation]]
 affinity = "cosine"
 """,
-    "detect": ROWS.replace("n_validation = 20", "n_validation = 60")
+    "detect": ROWS.replace("n_validation = 20", "n_validation = 300")
     + """
 libraries = ["scikit-learn LocalOutlierFactor", "PyOD KNN"]
 attacks = ["PGD", "FGSM"]
+n_search = 20
 n_hop_skip_jump = 2
 n_adaptive = 3
-n_neighbors = 5
-combined = ["disagreement", "mahalanobis"]
+n_neighbors = [5]
+max_combined = 2
 [data.digits]
-layers = ["conv2"]
+layers = ["conv1", "conv2"]
 defence = { layers = "input", population_size = 30 }
 other_data = ["digits"]
 """,
@@ -186,10 +188,17 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert held[-1] <= min(held[:-1])
     elif script == "detect":
         names = {row["detector"] for row in rows}
-        assert len(names) == 7 + 2 + 2
+        assert len(names) == 7 + 2 + 2  # the methods and the outlier factor, combined, libraries
         assert {"PGD", "noise", "Digits"} <= {row["inputs"] for row in rows}
         assert all(0 <= float(row["auroc"]) <= 1 for row in rows)
-        assert {bool(row["clean held-out rows flagged at 5 %"]) for row in rows} == {True, False}
+        combined = [row for row in rows if row["detector"] == "our combination"]
+        assert {row["layers"] for row in rows} <= {"conv1", "conv2"}
+        for row in combined:
+            assert row["methods"].count(" + ") == 1
+            low, high = re.fullmatch(
+                r"[\d.]+ \(([\d.]+) to ([\d.]+) expected\)", row["clean test rows flagged at 5 %"]
+            ).groups()
+            assert float(low) < 5 < float(high)
         noise = {r["detector"]: float(r["auroc"]) for r in rows if r["inputs"] == "noise"}
         assert noise["distance"] > 0.9
         assert noise["PyOD KNN"] > 0.9

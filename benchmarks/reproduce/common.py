@@ -69,10 +69,13 @@ class Task:
             name, data, n_validation + settings["n_calibration"], settings["n_train"]
         )
         self.X_validation, self.y_validation = X_held_out[:n_validation], y_held_out[:n_validation]
-        self.X_calibration = X_held_out[n_validation:]
+        self.X_calibration, self.y_calibration = (
+            X_held_out[n_validation:],
+            y_held_out[n_validation:],
+        )
         self.given = {
             # All training rows stay neighbours.
-            "DkNN": {"calibration": (self.X_calibration, y_held_out[n_validation:])},
+            "DkNN": {"calibration": (self.X_calibration, self.y_calibration)},
             "RAILS": {"random_state": 0},
         }
         n_rows = min(settings["n_test"], options.rows or settings["n_test"])

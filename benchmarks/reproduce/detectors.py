@@ -20,6 +20,13 @@ def learn_neighbors(F, y, n_neighbors):
     return KNN(n_neighbors=n_neighbors).fit(F).decision_function
 
 
+def learn_normalized_neighbors(F, y, n_neighbors):
+    from pytorch_ood.detector import KNN
+
+    detector = KNN(None, k=n_neighbors).fit_features(torch.from_numpy(F), torch.from_numpy(y))
+    return lambda F: detector.predict_features(torch.from_numpy(F)).numpy()
+
+
 def learn_mahalanobis(F, y, n_neighbors):
     # It imports a torchvision, which must fit torch.
     from pytorch_ood.detector import Mahalanobis
@@ -37,5 +44,6 @@ def learn_mahalanobis(F, y, n_neighbors):
 LIBRARIES = {
     "scikit-learn LocalOutlierFactor": learn_outlier_factor,
     "PyOD KNN": learn_neighbors,
+    "pytorch-ood KNN": learn_normalized_neighbors,
     "pytorch-ood Mahalanobis": learn_mahalanobis,
 }
