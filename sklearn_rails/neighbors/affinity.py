@@ -142,7 +142,8 @@ class Cosine(DistanceAffinity):
         offsets = super().offsets(norms, geometry, blank)
         # Minus half a squared distance is the cosine, but for a constant, if both have length 1.
         # A vector of zeros is then half too near.
-        offsets[blank] -= 0.5 * geometry.query_scale**2
+        far = torch.tensor(geometry.query_scale, dtype=offsets.dtype, device=offsets.device)
+        offsets[blank] -= 0.5 * far.square()
         return keep_above_missing(offsets)
 
 

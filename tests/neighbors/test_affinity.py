@@ -185,3 +185,20 @@ def test_an_affinity_has_the_name_of_its_class_in_snake_case():
     assert Other.name == "mine"
     with pytest.raises(NotImplementedError, match="SumOfProducts needs a method __call__"):
         SumOfProducts()(torch.zeros(1, 1), torch.zeros(1, 1, 1))
+
+
+@pytest.mark.parametrize("with_zeros", [False, True])
+def test_angles_whose_unit_has_no_square_are_compared(with_zeros):
+    # All but the angle of a few rows is of the order of 1e-160.
+    rng = np.random.default_rng(0)
+    rows = np.stack([np.ones(40), 1e-160 * rng.normal(size=40)], axis=1)
+    rows[::4] *= -1
+    if with_zeros:
+        rows[::5] = 0
+    features, labels = torch.from_numpy(rows), np.arange(40) % 2
+    neighbors = ClassNeighbors("cosine").fit(features, labels, 2)
+    found, _ = neighbors.kneighbors(features, 20)
+    for c in range(2):
+        members = features[labels == c]
+        cosine = Cosine()(features, members.expand(40, -1, -1)).sort(dim=1, descending=True).values
+        torch.testing.assert_close(found[:, c], cosine)
