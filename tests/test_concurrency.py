@@ -385,7 +385,7 @@ class Slow(nn.Linear):
     says = False
     def forward(self, x):
         if self.says:
-            print("now", flush=True)
+            os.write(1, b"now\\n")  # at once: a worker does not write into another's line
             time.sleep(0.05)
         return super().forward(x)
 

@@ -263,9 +263,10 @@ def test_an_autocast_of_the_caller_changes_nothing():
     for estimator in estimators(network, ZOO["weight_norm"]):
         ask = "score_samples" if isinstance(estimator, ThreatScorer) else "predict_proba"
         expected = getattr(estimator.fit(X, y), ask)(X)
+        # Matrix products of arrays that lie elsewhere in memory may differ in the last bit.
         with torch.autocast("cpu", torch.bfloat16):
-            assert_array_equal(getattr(estimator, ask)(X), expected)
-            assert_array_equal(getattr(estimator.fit(X, y), ask)(X), expected)
+            assert_allclose(getattr(estimator, ask)(X), expected, rtol=1e-6)
+            assert_allclose(getattr(estimator.fit(X, y), ask)(X), expected, rtol=1e-6)
 
 
 def test_samples_that_a_network_fails_on_raise():

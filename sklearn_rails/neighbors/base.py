@@ -292,6 +292,7 @@ class DistanceAffinity(ProductAffinity):
         """
         return keep_above_missing(norms.square() / -2)
 
+    @np.errstate(over="ignore")  # with an infinite bound every example is compared
     def score_error(
         self, geometry: Geometry, queries: Tensor, norms: Numbers, scores: Numbers
     ) -> Numbers:
@@ -331,9 +332,7 @@ class DistanceAffinity(ProductAffinity):
             return error
         # An example that is e away from its true place has a distance that errs by e.
         square = norms * norms - 2 * scores
-        # Infinite where that is beyond the numbers: then every example is compared.
-        with np.errstate(over="ignore"):
-            return error + rounding * ((square * (square > 0)) ** 0.5 + rounding)
+        return error + rounding * ((square * (square > 0)) ** 0.5 + rounding)
 
 
 def keep_above_missing(offsets: Tensor) -> Tensor:

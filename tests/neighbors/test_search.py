@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from problems import make_problem
 
-from sklearn_rails.neighbors import ClassNeighbors, Euclidean, ExactNeighbors, exact, index, order
+from sklearn_rails.neighbors import (
+    ClassNeighbors,
+    Euclidean,
+    ExactNeighbors,
+    exact,
+    index,
+    order,
+    sketch,
+)
 
 
 @settings(deadline=None, max_examples=80)
@@ -182,3 +190,21 @@ def test_large_examples_are_found_among_many_that_are_all_the_same(algorithm):
     affinity, index = neighbors.kneighbors(X[:1] - 1e153, 3)
     assert index.tolist() == [[[0, 1, 2]]]
     np.testing.assert_allclose(affinity, [[[-1e153, -1.1e154, -2.1e154]]])
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_bound_beyond_the_numbers_has_every_example_compared(monkeypatch):
+    monkeypatch.setattr(sketch, "MIN_FEATURES", 32)
+    monkeypatch.setattr(sketch, "MAX_SHARE", 1 / 4)
+    monkeypatch.setattr(sketch, "choose_size", lambda basis, *rest: basis.shape[1] + 1)
+    # Most examples are 1e170 times as near to the centre as the others.
+    rng = np.random.default_rng(0)
+    X, Q = rng.normal(size=(2, 46, 32)) * 1e-184
+    X[::3] *= 1e183 * 10.0 ** rng.uniform(-15, 0, size=(16, 1))
+    y = np.zeros(46, dtype=int)
+    found, index = (
+        ClassNeighbors().fit(torch.from_numpy(X), y, 1).kneighbors(torch.from_numpy(Q), 40)
+    )
+    distance = np.linalg.norm(X[None] * 1e150 - Q[:, None] * 1e150, axis=2) / 1e150
+    expected = np.sort(distance, axis=1)[:, :40]
+    np.testing.assert_allclose(-found[:, 0].numpy(), expected, rtol=1e-12)
