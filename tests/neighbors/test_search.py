@@ -202,9 +202,8 @@ def test_a_bound_beyond_the_numbers_has_every_example_compared(monkeypatch):
     X, Q = rng.normal(size=(2, 46, 32)) * 1e-184
     X[::3] *= 1e183 * 10.0 ** rng.uniform(-15, 0, size=(16, 1))
     y = np.zeros(46, dtype=int)
-    found, index = (
-        ClassNeighbors().fit(torch.from_numpy(X), y, 1).kneighbors(torch.from_numpy(Q), 40)
-    )
+    neighbors = ClassNeighbors().fit(torch.from_numpy(X), y, 1)
+    found, _ = neighbors.kneighbors(torch.from_numpy(Q), 40)
     distance = np.linalg.norm(X[None] * 1e150 - Q[:, None] * 1e150, axis=2) / 1e150
     expected = np.sort(distance, axis=1)[:, :40]
     np.testing.assert_allclose(-found[:, 0].numpy(), expected, rtol=1e-12)
