@@ -148,12 +148,13 @@ def test_features_are_those_of_a_plain_forward_pass(name):
     # A sample alone has the features that it has in company.
     alone = np.concatenate([extractor.transform(X[i : i + 1]) for i in range(0, len(X), 5)])
     assert_allclose(alone, found[::5], rtol=0, atol=1e-6 * np.abs(expected).max())
-    if len(specimen.layers) > 1:
-        for layer in specimen.layers:
-            single = clone(extractor).set_params(layers=layer).fit_transform(X)
-            columns = [i for i in range(found.shape[1]) if (found[:, i] == single[:, 0]).all()]
-            start = columns[0]
-            assert_array_equal(found[:, start : start + single.shape[1]], single)
+    start = 0
+    for layer in specimen.layers:
+        single = clone(extractor).set_params(layers=layer).fit_transform(X)
+        end = start + single.shape[1]
+        assert_allclose(found[:, start:end], single, rtol=0, atol=1e-6 * np.abs(single).max())
+        start = end
+    assert start == found.shape[1]
 
 
 @in_zoo
