@@ -26,17 +26,14 @@ CHANGES = {
     '{"layers": "conv3"}': "third convolution",
     '{"layers": "conv1", "affinity": "cosine"}': "first convolution, cosine",
 }
-# A detector on the page, and its names in the files, for MNIST and for CIFAR-10.
-DETECTORS = {
-    "our combination": (
-        "disagreement + mahalanobis + feature_squeezing",
-        "distance + kernel_density + feature_squeezing",
-    ),
-    "all seven methods": ("all methods",) * 2,
-    "LocalOutlierFactor": ("scikit-learn LocalOutlierFactor",) * 2,
-    "PyOD KNN": ("PyOD KNN",) * 2,
-    "pytorch-ood Mahalanobis": ("pytorch-ood Mahalanobis",) * 2,
-}
+# Detectors on the page.
+DETECTORS = (
+    "our combination",
+    "scikit-learn LocalOutlierFactor",
+    "PyOD KNN",
+    "pytorch-ood KNN",
+    "pytorch-ood Mahalanobis",
+)
 # A line on the page, and its task and alternative in the file.
 ALTERNATIVES = {
     "authors' loop, the same passes": ("RAILS, one image, same passes", "authors' loop"),
@@ -69,6 +66,8 @@ def write_tables(results, target):
         "accuracy": accuracy_table(files["table1"]),
         "gain": gain_table(files["table1"]),
         "adaptive": adaptive_table(files["attacks"]),
+        "alarms": alarms_table(files["attacks"]),
+        "saturation": saturation_table(files["saturation"]),
         "parts": parts_table(files["study"]),
         "detection": detection_table(files["detect"]),
         "passes": passes_table(files),
@@ -119,6 +118,11 @@ def select(rows, **values):
     return found[0]
 
 
+def select_first(rows, **values):
+    """Return the first row with these values."""
+    return next(row for row in rows if all(row[name] == value for name, value in values.items()))
+
+
 def percent(text):
     """Return the number of "98.0 (96.9 to 98.7)", as text."""
     return text.split(" ")[0]
@@ -138,27 +142,30 @@ def accuracy_table(rows):
 
 def gain_table(rows):
     """Return how many points RAILS is better under attack than other classifiers."""
-    table = [["", "k-NN vote", "the same, paper", "tuned DkNN"]]
+    table = [["", "authors' layers", "the same, paper", "our layers", "against tuned DkNN"]]
+    column = "clean / robust in the paper"
     for network in ("mnist", "svhn", "cifar10"):
-        rails = select(rows, network=network, classifier="RAILS")
-        dknn = select(rows, network=network, classifier="DkNN")
-        vote = select(rows, network=network, classifier="k-NN vote")
-        # For SVHN the paired difference was not computed.
-        against_vote = (
-            rails["robust against k-NN vote"]
-            or f"{float(percent(rails['robust'])) - float(percent(vote['robust'])):+.1f}"
+        theirs, rails, dknn = (
+            select(rows, network=network, classifier=name)
+            for name in ("RAILS, the authors' layers", "RAILS", "DkNN")
         )
-        column = "clean / robust in the paper"
         rails_paper, dknn_paper = (float(row[column].split(" / ")[1]) for row in (rails, dknn))
-        in_paper = f"{rails_paper - dknn_paper:+.1f}"
-        table.append([NETWORKS[network], against_vote, in_paper, rails["robust against DkNN"]])
+        table.append(
+            [
+                f"{NETWORKS[network]}, {int(theirs['test rows']):,} images",
+                theirs["robust against k-NN vote"],
+                f"{rails_paper - dknn_paper:+.1f}",
+                rails["robust against k-NN vote"],
+                rails["robust against DkNN"],
+            ]
+        )
     return table
 
 
 def adaptive_table(rows):
     """Return accuracy under PGD on the network, and the worst under all attacks."""
     table = [["", "network", "DkNN", "RAILS"]]
-    for network in ("mnist", "svhn", "cifar10", "mnist_adversarial"):
+    for network in by_network(rows):
         cells = []
         for classifier in ("network", "DkNN", "RAILS"):
             pgd, worst = (
@@ -167,6 +174,47 @@ def adaptive_table(rows):
             )
             cells.append(f"{percent(pgd['right'])} / {percent(worst['right'])}")
         table.append([NETWORKS[network], *cells])
+    return table
+
+
+def alarms_table(rows):
+    """Return the worst of each classifier alone, and right or flagged with alarms."""
+    table = [["", "best alone", "right or flagged", "clean flagged"]]
+    for network, found in by_network(rows).items():
+        held = [row for row in found if row["attack"] == "worst; right or alarmed"]
+        if not held:
+            continue
+        alone = [float(percent(row["right"])) for row in found if row["attack"] == "worst"]
+        flagged = [row for row in found if row["attack"] == "none; flagged"]
+        best = max(range(len(held)), key=lambda i: float(percent(held[i]["right"])))
+        table.append(
+            [
+                NETWORKS[network],
+                f"{max(alone):.1f}",
+                held[best]["right"],
+                percent(flagged[best]["right"]),
+            ]
+        )
+    return table
+
+
+def saturation_table(rows):
+    """Return accuracy where gradients vanish, and under attacks whose gradients do not."""
+    columns = ("network", "k-NN vote", "RAILS, the authors' layers")
+    table = [["clean / attacked", "images moved", *columns]]
+    vgg = "CIFAR-10 in the paper"
+    in_paper = [select_first(rows, classifier=c)["clean / robust in the paper"] for c in columns]
+    table.append([vgg, "", *in_paper])
+    for factor, attack, name in (
+        ("1", "PGD, cross-entropy", "PGD"),
+        ("28", "PGD, cross-entropy", "PGD, logits times 28"),
+        ("80", "PGD, cross-entropy", "PGD, logits times 80"),
+        ("1", "PGD, margin", "PGD on the margin"),
+        ("1", "AutoAttack", "AutoAttack"),
+    ):
+        found = [select(rows, factor=factor, attack=attack, classifier=c) for c in columns]
+        cells = [f"{percent(row['clean'])} / {percent(row['robust'])}" for row in found]
+        table.append([name, percent(found[0]["moved"]), *cells])
     return table
 
 
@@ -182,10 +230,10 @@ def parts_table(rows):
 def detection_table(rows):
     """Return the AUROC of detectors for successful attacks."""
     table = [["", "MNIST, PGD", "MNIST, adaptive", "CIFAR-10, PGD", "CIFAR-10, adaptive"]]
-    for name, (on_mnist, on_cifar10) in DETECTORS.items():
+    for name in DETECTORS:
         found = [
-            select(rows, network=network, detector=detector, inputs=inputs)
-            for network, detector in (("mnist", on_mnist), ("cifar10", on_cifar10))
+            select(rows, network=network, detector=name, inputs=inputs)
+            for network in ("mnist", "cifar10")
             for inputs in ("PGD", "adaptive, on RAILS")
         ]
         table.append([name, *(row["auroc"] for row in found)])

@@ -63,10 +63,11 @@ class AdaptiveKNNAttack:
     selected offspring of each class in responses to ``x`` under several seeds. They are
     recomputed every ``refresh`` steps and constant in between.
 
-    Before that, it moves the sample toward ``n_targets`` training samples of other classes, one
-    after the other: signed steps that increase the affinity to their features in all layers, from
-    the sample itself and from the point of the ball nearest to the target. This costs no responses
-    of RAILS but for a check of where each ends.
+    After the first restart, it moves the samples that are left toward ``n_targets`` training
+    samples of other classes, one after the other: signed steps that increase the affinity to their
+    features in all layers, from the sample itself and from the point of the ball nearest to the
+    target. This costs no responses of RAILS but for a check of where each ends. The other restarts
+    follow.
 
     With ``gate=Arbitration()``, an attacker may target the vote, or the network toward a class
     that the neighbours do not rule out: each restart is made a second time, with the margins of
@@ -330,14 +331,18 @@ class AdaptiveKNNAttack:
             return self._ascend(samples[block], labels[block], restart, with_network, n_iter)
 
         targets = self._targets(samples, labels)
-        matches = itertools.product(range(targets.shape[1]), TARGET_STARTS)
+        pairs = itertools.product(range(targets.shape[1]), TARGET_STARTS)
         # The vote can be fooled without the network, but not a label that the network decides.
         aims = (False, True) if self._defence.keeps_network else (False,)
         restarts = itertools.product(range(self.n_restarts), aims)
-        ascents: list[functools.partial[tuple[Tensor, Tensor]]] = [
-            *(functools.partial(match, target=t, start=start) for t, start in matches),
-            *(functools.partial(ascend, restart=r, with_network=aim) for r, aim in restarts),
+        climbs = [
+            functools.partial(ascend, restart=restart, with_network=aim)
+            for restart, aim in restarts
         ]
+        # The first restart fools most of the samples that can be fooled, in the fewest steps.
+        first, rest = climbs[: len(aims)], climbs[len(aims) :]
+        matches = [functools.partial(match, target=t, start=start) for t, start in pairs]
+        ascents: list[functools.partial[tuple[Tensor, Tensor]]] = [*first, *matches, *rest]
         budget = len(ascents) * self.max_iter
         if self.max_steps is not None:
             budget = min(budget, self.max_steps)

@@ -131,7 +131,7 @@ def test_a_budget_ends_the_attack_as_the_steps_it_took_say(task):
     assert set(whole.n_steps_[fooled & ~wrong]) > {20}
     assert (whole.n_steps_[~fooled] == (2 * 2 + 2) * 20).all()
 
-    # Targets come first, and do not depend on what follows.
+    # What comes first does not depend on what follows.
     for max_steps in (20, 40):
         short = AdaptiveKNNAttack(estimator, X, y, max_steps=max_steps, **settings)
         attacked = short.generate(X_test, y_test)
