@@ -149,6 +149,11 @@ def test_scores_that_cannot_be_compared_have_the_highest_evidence():
     assert_allclose(evidence[4], 0)
 
 
+def test_beyond_equal_scores_evidence_grows_by_their_unit():
+    scale = ConformalScale(np.full(4, 7.0))
+    assert_allclose(scale(np.array([6.0, 7.0, 8.0, 10.0])), [0, 0, np.log(2), np.log(4)])
+
+
 def test_nan_has_the_lowest_p_value():
     calibration = np.array([0.0, 1.0, np.nan])
     assert_allclose(conformal_p_values(np.array([0.0, 2.0, np.nan]), calibration), [1, 0.5, 0.5])

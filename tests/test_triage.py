@@ -169,6 +169,11 @@ def test_invalid_predictions_of_a_scorer_raise(answer):
         on_two_classes(answer)
 
 
+def test_what_is_not_a_number_for_each_sample_is_shown():
+    with pytest.raises(ValueError, match=r"got '1111'\.$"):
+        on_two_classes("1111")
+
+
 def test_invalid_threat_scores_raise():
     assert_array_equal(check_threat_scores([1, -np.inf, np.inf], 3), [1, -np.inf, np.inf])
     for wrong in (None, 1.0, [1.0], [[1.0]] * 3, [1, 2, np.nan], ["1", "2", "3"]):

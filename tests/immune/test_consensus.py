@@ -32,6 +32,9 @@ def test_the_leader_is_the_class_of_all_plasma_and_its_lead_that_over_all_others
     leader, lead = leading_class(affinity, labels, 2)
     assert leader.tolist() == [1, -1, 1]
     assert lead[[0, 2]].tolist() == [2.5, torch.inf]
+    # A single cell with an affinity is enough.
+    leader, lead = leading_class(torch.tensor([[-torch.inf, -2.0, -torch.inf]]), labels[:1], 2)
+    assert (leader.item(), lead.item()) == (1, torch.inf)
 
 
 def test_votes_are_counted():

@@ -151,6 +151,17 @@ def sorted_affinities(affinity, X, y, n_classes, Q, k):
     return found
 
 
+def test_an_index_that_was_given_is_not_fitted_again_after_loading(monkeypatch):
+    X, y, Q = make_problem(0, 60, 3, 2)
+    queries = torch.from_numpy(Q)
+    neighbors = ClassNeighbors(algorithm=NearestNeighbors()).fit(torch.from_numpy(X), y, 2)
+    expected = neighbors.kneighbors(queries, 4)
+    saved = pickle.loads(pickle.dumps(neighbors))
+    monkeypatch.setattr(NearestNeighbors, "fit", lambda self, X: pytest.fail("fitted again"))
+    for found, wanted in zip(saved.kneighbors(queries, 4), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     seed=st.integers(0, 10**6),
