@@ -66,7 +66,6 @@ def write_tables(results, target):
         "accuracy": accuracy_table(files["table1"]),
         "gain": gain_table(files["table1"]),
         "adaptive": adaptive_table(files["attacks"]),
-        "alarms": alarms_table(files["attacks"]),
         "saturation": saturation_table(files["saturation"]),
         "parts": parts_table(files["study"]),
         "detection": detection_table(files["detect"]),
@@ -177,38 +176,16 @@ def adaptive_table(rows):
     return table
 
 
-def alarms_table(rows):
-    """Return the worst of each classifier alone, and right or flagged with alarms."""
-    table = [["", "best alone", "right or flagged", "clean flagged"]]
-    for network, found in by_network(rows).items():
-        held = [row for row in found if row["attack"] == "worst; right or alarmed"]
-        if not held:
-            continue
-        alone = [float(percent(row["right"])) for row in found if row["attack"] == "worst"]
-        flagged = [row for row in found if row["attack"] == "none; flagged"]
-        best = max(range(len(held)), key=lambda i: float(percent(held[i]["right"])))
-        table.append(
-            [
-                NETWORKS[network],
-                f"{max(alone):.1f}",
-                held[best]["right"],
-                percent(flagged[best]["right"]),
-            ]
-        )
-    return table
-
-
 def saturation_table(rows):
     """Return accuracy where gradients vanish, and under attacks whose gradients do not."""
     columns = ("network", "k-NN vote", "RAILS, the authors' layers")
     table = [["clean / attacked", "images moved", *columns]]
-    vgg = "CIFAR-10 in the paper"
     in_paper = [select_first(rows, classifier=c)["clean / robust in the paper"] for c in columns]
-    table.append([vgg, "", *in_paper])
+    table.append(["the paper", "", *in_paper])
     for factor, attack, name in (
-        ("1", "PGD, cross-entropy", "PGD"),
-        ("28", "PGD, cross-entropy", "PGD, logits times 28"),
+        ("10", "PGD, cross-entropy", "PGD, logits times 10"),
         ("80", "PGD, cross-entropy", "PGD, logits times 80"),
+        ("1", "PGD, cross-entropy", "PGD"),
         ("1", "PGD, margin", "PGD on the margin"),
         ("1", "AutoAttack", "AutoAttack"),
     ):

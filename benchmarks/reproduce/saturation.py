@@ -45,7 +45,7 @@ def draw(path, title, lines):
     axes.plot(factors, moved, color="gray", linestyle=":", label="images moved by the attack")
     axes.set(xscale="log", xlabel="factor of the logits", ylabel="%", ylim=(0, 102))
     axes.set_title(f"{title}: PGD on the cross-entropy")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
