@@ -162,7 +162,10 @@ def write(name, rows, options):
         done = {row["network"] for row in rows}
         with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["network"] not in done]
+    rows = sorted(kept + rows, key=lambda row: (row["data"], row["network"]))
+    # Older rows may lack columns, or have others.
+    columns = dict.fromkeys(column for row in rows for column in row)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
-        writer.writerows(sorted(kept + rows, key=lambda row: (row["data"], row["network"])))
+        writer.writerows(rows)
