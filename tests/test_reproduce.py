@@ -281,12 +281,14 @@ def test_results_of_other_data_stay_and_unknown_data_are_named(networks, tmp_pat
     settings = tmp_path / "settings.toml"
     settings.write_text(SETTINGS["study"])
     (tmp_path / "study.csv").write_text(
-        "data,network,layer\nMNIST,mnist,conv1\nDigits,digits,old\n"
+        "data,network,layer,renamed\nMNIST,mnist,conv1,7\nDigits,digits,old,7\n"
     )
     done = run("study", "--settings", settings, "--results", tmp_path, networks=networks)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "study.csv").read_text().splitlines()
-    assert sum(line.startswith("MNIST") for line in lines) == 1
+    assert lines[0].endswith(",renamed")
+    (kept,) = (line for line in lines if line.startswith("MNIST"))
+    assert kept.endswith(",7")
     assert not any(",old" in line for line in lines)
     failed = run("study", "mnist", "--settings", settings, networks=networks)
     assert failed.returncode != 0
