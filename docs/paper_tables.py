@@ -117,11 +117,6 @@ def select(rows, **values):
     return found[0]
 
 
-def select_first(rows, **values):
-    """Return the first row with these values."""
-    return next(row for row in rows if all(row[name] == value for name, value in values.items()))
-
-
 def percent(text):
     """Return the number of "98.0 (96.9 to 98.7)", as text."""
     return text.split(" ")[0]
@@ -180,8 +175,6 @@ def saturation_table(rows):
     """Return accuracy where gradients vanish, and under attacks whose gradients do not."""
     columns = ("network", "k-NN vote", "RAILS, the authors' layers")
     table = [["clean / attacked", "images moved", *columns]]
-    in_paper = [select_first(rows, classifier=c)["clean / robust in the paper"] for c in columns]
-    table.append(["the paper", "", *in_paper])
     for factor, attack, name in (
         ("10", "PGD, cross-entropy", "PGD, logits times 10"),
         ("80", "PGD, cross-entropy", "PGD, logits times 80"),
@@ -190,6 +183,8 @@ def saturation_table(rows):
         ("1", "AutoAttack", "AutoAttack"),
     ):
         found = [select(rows, factor=factor, attack=attack, classifier=c) for c in columns]
+        if len(table) == 1:
+            table.append(["the paper", "", *(row["clean / robust in the paper"] for row in found)])
         cells = [f"{percent(row['clean'])} / {percent(row['robust'])}" for row in found]
         table.append([name, percent(found[0]["moved"]), *cells])
     return table

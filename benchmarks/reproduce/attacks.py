@@ -1,7 +1,7 @@
 """Attacks on the network and on the defences: ``python attacks.py mnist --data-home DIR``.
 
 Transfer attacks are made on the network; the others know the defence: the adaptive attack by its
-gradients, Square by its scores, HopSkipJump by its answers. The last two are dear, and are tried
+gradients, Square by its scores, HopSkipJump by its answers. The last two are slow, and are tried
 on the first rows that the adaptive attack leaves. A row counts as robust if it is right under every
 attack that was tried on it. Where there is a threat scorer, an alarm is as good as a right answer.
 """
@@ -28,7 +28,7 @@ from torch import nn
 from train import attack_settings
 
 from sklearn_rails import ThreatScorer
-from sklearn_rails.attacks import AdaptiveKNNAttack, pgd
+from sklearn_rails.attacks import pgd
 
 
 def seeded(attack):
@@ -45,7 +45,7 @@ def seeded(attack):
 
 
 def network_attacks(task):
-    """Give the attacks on the bare network, by name: functions of rows and labels."""
+    """Return the attacks on the bare network, by name: functions of rows and labels."""
     eps, step, max_iter = attack_settings(task.name)
     target = PyTorchClassifier(
         task.network,
@@ -131,9 +131,8 @@ def draw(path, lines):
 
 
 def left_after_steps(right, n_steps):
-    """Give the shares of right rows, in per cent, after each number of steps where some fell."""
-    fell = np.unique(n_steps[~right])
-    ends = np.unique([0, *fell, *n_steps]).tolist()
+    """Return the shares of right rows, in per cent, after each number of steps where some fell."""
+    ends = np.unique([0, *n_steps]).tolist()
     return [(n, round(100 * float(np.mean(right | (n_steps > n))), 1)) for n in ends]
 
 
@@ -164,17 +163,9 @@ def rows_of(task, settings):
         return line
 
     def adaptive(fitted, n, radius, threat_weight=0):
-        """Give attacked rows, the seconds of each, and the number of steps it took."""
-        attack = AdaptiveKNNAttack(
-            fitted,
-            task.X,
-            task.y,
-            eps=radius,
-            threat_weight=threat_weight,
-            random_state=0,
-            verbose=1,
-            **own["adaptive"],
-        )
+        """Return attacked rows, the seconds of each, and the number of steps it took."""
+        options = own["adaptive"] | {"threat_weight": threat_weight, "verbose": 1}
+        attack = task.adaptive_attack(fitted, radius, **options)
         start = perf_counter()
         attacked = attack.generate(X[:n], y[:n])
         return attacked, round((perf_counter() - start) / n, 2), attack.n_steps_
@@ -186,7 +177,7 @@ def rows_of(task, settings):
         yield row("network", {}, kind, eps, r)
     worst = np.all(list(right.values()), axis=0)[:n_adaptive]
     yield row("network", {}, "worst", eps, worst)
-    dearer = {
+    slower = {
         "Square on scores": (by_square, own["n_square"]),
         "HopSkipJump": (
             lambda fitted, X, y, eps: by_hop_skip_jump(fitted.predict, X, eps, task.X[:500]),
@@ -205,7 +196,7 @@ def rows_of(task, settings):
         steps = describe(left_after_steps(right["adaptive"], n_steps))
         yield row(name, parameters, "adaptive", eps, right["adaptive"], seconds, steps)
         worst = np.all([r[:n_adaptive] for r in right.values()], axis=0)
-        for kind, (make, n_rows) in dearer.items():
+        for kind, (make, n_rows) in slower.items():
             left = worst.nonzero()[0][:n_rows]
             if len(left) == 0:
                 continue

@@ -96,10 +96,9 @@ class Task:
         """Fit a classifier with given parameters."""
         return self.make(kind, parameters).fit(self.X, self.y)
 
-    def attack_adaptively(self, fitted, X, y, eps, **options):
-        """Attack a classifier that was fitted on the training rows, by one that knows it."""
-        attack = AdaptiveKNNAttack(fitted, self.X, self.y, eps=eps, random_state=0, **options)
-        return attack.generate(X, y)
+    def adaptive_attack(self, fitted, eps, **options):
+        """Return an attack on a classifier that was fitted on the training rows."""
+        return AdaptiveKNNAttack(fitted, self.X, self.y, eps=eps, random_state=0, **options)
 
     def tune(self, kind, grid, attack):
         """Choose parameters by the mean of clean and robust accuracy on validation rows."""
@@ -122,7 +121,7 @@ class Task:
 
 
 def predict_network(network, X):
-    """Give the network's own labels."""
+    """Return the network's own labels."""
     with torch.no_grad():
         parts = [network(torch.from_numpy(rows)) for rows in np.array_split(X, -(-len(X) // 256))]
     return torch.cat(parts).argmax(dim=1).numpy()
@@ -134,13 +133,13 @@ def is_held(rails, rows, y):
 
 
 def share(right):
-    """Give a share in per cent with its 95 % interval (Wilson)."""
+    """Return a share in per cent with its 95 % interval (Wilson)."""
     low, high = binomtest(int(np.sum(right)), len(right)).proportion_ci(0.95, "wilson")
     return f"{100 * np.mean(right):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def difference(right, other):
-    """Give a paired difference of shares in points with its 95 % interval."""
+    """Return a paired difference of shares in points with its 95 % interval."""
     paired = right.astype(float) - other
     half = norm.ppf(0.975) * paired.std(ddof=1) / np.sqrt(len(paired))
     return f"{100 * paired.mean():+.1f} ± {100 * half:.1f}"

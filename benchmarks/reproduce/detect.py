@@ -66,7 +66,7 @@ class Ours:
         return -self.scorer.score_samples(X)
 
     def flagged(self, X, alpha):
-        """Give the share of clean rows that are flagged, and what is expected of it."""
+        """Return the share of clean rows that are flagged, and what is expected of it."""
         known = np.sort(self.scorer.decision_scores_)
         # One of the n + 1 places of a new score among the known ones.
         n_above = floor(alpha * (len(known) + 1))
@@ -79,7 +79,7 @@ class Ours:
 
 
 def mean_auroc(clean, suspects):
-    """Give the mean over kinds of suspects, of their threats against those of clean rows."""
+    """Return the mean over kinds of suspects, of their threats against those of clean rows."""
     return np.mean(
         [
             roc_auc_score(np.repeat([0, 1], [len(clean), len(t)]), np.concatenate([clean, t]))
@@ -89,7 +89,7 @@ def mean_auroc(clean, suspects):
 
 
 def choose(task, own):
-    """Give for each detector how it is made, chosen on calibration rows."""
+    """Return for each detector how it is made, chosen on calibration rows."""
     n = own["n_search"]
     X, y = task.X_calibration[:n], task.y_calibration[:n]
     clean, suspects = collect(task, X, y, own["attacks"], np.random.default_rng(1))
@@ -135,7 +135,7 @@ def like(images, shape):
 
 
 def collect(task, X, y, attacks, rng):
-    """Give the negatives, and by name the rows that fool the network, and noise."""
+    """Return the negatives, and by name the rows that fool the network, and noise."""
     eps = attack_settings(task.name)[0]
     right = predict_network(task.network, X) == y
     noisy = np.clip(X + rng.uniform(-eps, eps, X.shape), 0, 1).astype(np.float32)
@@ -149,8 +149,8 @@ def collect(task, X, y, attacks, rng):
     return negatives, {name: rows for name, rows in positives.items() if len(rows)}
 
 
-def collect_dearer(task, own):
-    """Give by name the rows that fool the network by its answers, or RAILS, and other data."""
+def collect_others(task, own):
+    """Return by name the rows that fool the network by its answers, or RAILS, and other data."""
     eps = attack_settings(task.name)[0]
     right = predict_network(task.network, task.X_test) == task.y_test
     X, y = task.X_test[right], task.y_test[right]
@@ -163,7 +163,7 @@ def collect_dearer(task, own):
     jumped = jumped.astype(np.float32)
     n_adaptive = own["n_adaptive"]
     rails = task.fit("RAILS", own["defence"])
-    adaptive = task.attack_adaptively(rails, X[:n_adaptive], y[:n_adaptive], eps)
+    adaptive = task.adaptive_attack(rails, eps).generate(X[:n_adaptive], y[:n_adaptive])
     positives = {
         "HopSkipJump": jumped[own_network(jumped) != y[:n]],
         "adaptive, on RAILS": adaptive[rails.predict(adaptive) != y[:n_adaptive]],
@@ -180,7 +180,7 @@ def rows_of(task, settings):
     negatives, positives = collect(
         task, task.X_test, task.y_test, own["attacks"], np.random.default_rng(0)
     )
-    positives |= collect_dearer(task, own)
+    positives |= collect_others(task, own)
     for name, (score, (make, layer, what, k)) in chosen.items():
         detector = make(task, layer, what, k)
         flagged = dict.fromkeys(ALPHAS, "")

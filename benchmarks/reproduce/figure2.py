@@ -17,7 +17,7 @@ from sklearn_rails.inspection import AffinityCurveDisplay
 
 
 def curves_of(task, settings):
-    """Give the curves of the antigens, and of others with which the populations do not match."""
+    """Return the curves of the antigens, and of others with which the populations do not match."""
     own = settings["data"][task.name]
     rails = task.fit("RAILS", own["parameters"])
     layer = rails.layers_[0]

@@ -59,9 +59,9 @@ def rows_of(task, settings):
     aims = list(itertools.product(("all", "alarms"), own["threat_weights"]))
     n, options = own["n_adaptive"], {name: own[name] for name in ("n_restarts", "n_targets")}
     evading = {
-        (name, weight): task.attack_adaptively(
-            ways[name], X[:n], y[:n], eps, threat_weight=weight, **options
-        )
+        (name, weight): task.adaptive_attack(
+            ways[name], eps, threat_weight=weight, **options
+        ).generate(X[:n], y[:n])
         for name, weight in (aims if n else ())
     }
     base = None
