@@ -41,7 +41,7 @@ FIELDS = (
 
 
 def settings():
-    """Give the authors' schedule, and then ours without and with early stopping."""
+    """Return the authors' schedule, and then ours without and with early stopping."""
     yield {"population_size": 1000, "generations": 10, "early_stopping": False}
     for generations in GENERATIONS:
         yield {

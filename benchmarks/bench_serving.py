@@ -120,7 +120,7 @@ def measure_throughput(estimator, X, batch_size, n_images):
 
 
 def make_estimators(network, dtype):
-    """Give the estimators with their default settings, and the network alone."""
+    """Return the estimators with their default settings, and the network alone."""
     settings = {"dtype": dtype, "random_state": 0}
     yield "network", NetworkAlone(network)
     yield "RAILS", RAILSClassifier(network, **settings)
@@ -130,7 +130,7 @@ def make_estimators(network, dtype):
 
 
 def measure_serving(data_home, n_requests, dtype="float32"):
-    """Give the measurements of each estimator."""
+    """Return the measurements of each estimator."""
     data, network = load_data("mnist", data_home), load_network("mnist", data_home)
     X, y, rows, _ = split_rows("mnist", data, n_requests + N_WARM)
     for name, estimator in make_estimators(network, dtype):

@@ -174,7 +174,7 @@ def check_code_width(app, doctree):
 
 
 def describe_page(app, pagename, templatename, context, doctree):
-    """Give a page its first paragraph as description, for search engines and previews."""
+    """Take a page's first paragraph as its description, for search engines and previews."""
     paragraph = doctree and doctree.next_node(nodes.paragraph)
     if paragraph:
         text = " ".join(paragraph.astext().split())

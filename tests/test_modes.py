@@ -134,7 +134,7 @@ def test_bfloat16_changes_few_labels(task, batch_size, start_layer):
 
 
 def is_mapped(tensor, folder):
-    """Tell whether a tensor's memory is a file's in a folder."""
+    """Check whether a tensor's memory is a file's in a folder."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, stop = (int(place, 16) for place in line.split()[0].split("-"))
         if start <= tensor.data_ptr() < stop:

@@ -32,7 +32,7 @@ def rails(split):
 
 
 def empty(response):
-    """Give a response without any rows."""
+    """Return a response without any rows."""
 
     def cut(value):
         if isinstance(value, dict):

@@ -36,7 +36,7 @@ grid = { gate__alpha = [0.2, 0.5] }
     "attacks": ROWS
     + """
 eps_factors = [0.5]
-threat_weights = [0.0, 1.0]
+threat_weights = [1, "selective"]
 [adaptive]
 max_iter = 10
 n_restarts = 1
@@ -173,8 +173,9 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         assert rows[2]["robust against k-NN vote"] == ""
     elif script == "attacks":
         shares = {(r["classifier"], r["attack"], r["eps"]): r["right"] for r in rows}
-        assert len(shares) == len(rows) == 6 + 9 + 1 + 4
-        evading = "adaptive, threat weight 1; right or alarmed"
+        # The network, the same with its margin, RAILS, at another radius, and with a scorer.
+        assert len(shares) == len(rows) == 6 + 10 + 9 + 1 + 10
+        evading = "adaptive, threat weight selective; right or flagged"
         assert 0 <= float(shares["RAILS", evading, "60/255"].split()[0]) <= 100
         assert (results / "attacks_digits.png").stat().st_size > 5_000
         worst = float(shares["RAILS", "worst", "60/255"].split()[0])
@@ -184,8 +185,13 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
         steps = dict(json.loads(steps))
         assert max(steps) == 10 * (2 * 2 + 1)
         assert steps[0] >= steps[max(steps)] == alone
-        held = [float(r["right"].split()[0]) for r in rows if r["attack"].endswith("or alarmed")]
-        assert held[-1] <= min(held[:-1])
+        for name in ("network, by its margin", "RAILS"):
+            held = [
+                float(r["right"].split()[0])
+                for r in rows
+                if r["classifier"] == name and r["attack"].endswith("right or flagged")
+            ]
+            assert held[-1] <= min(held[:-1])
     elif script == "detect":
         names = {row["detector"] for row in rows}
         assert len(names) == 7 + 2 + 2  # the methods and the outlier factor, combined, libraries

@@ -76,7 +76,7 @@ def cut(rnd, content):
 
 
 def move(rnd, content):
-    """Put a piece of the file over another place, or between, or leave it out."""
+    """Copy a piece of the file over another place, insert it, or leave it out."""
     start, stop = sorted(rnd.choices(range(len(content)), k=2))
     place = rnd.randrange(len(content))
     piece = rnd.choice([content[start:stop], b"", bytes(stop - start), content[start:stop][:99]])

@@ -3,7 +3,11 @@
 Transfer attacks are made on the network; the others know the defence: the adaptive attack by its
 gradients, Square by its scores, HopSkipJump by its answers. The last two are slow, and are tried
 on the first rows that the adaptive attack leaves. A row counts as robust if it is right under every
-attack that was tried on it. Where there is a threat scorer, an alarm is as good as a right answer.
+attack that was tried on it.
+
+Where a classifier has a threat scorer, which is fitted on validation rows, flagged rows count as
+abstentions: each attack is to be answered rightly or flagged, and the adaptive attack then evades
+the scorer too. The same is tried with the network alone, flagged if its margin is small.
 """
 
 import functools
@@ -21,7 +25,7 @@ from art.estimators.classification import (
     BlackBoxClassifierNeuralNetwork,
     PyTorchClassifier,
 )
-from common import describe, is_held, main, predict_network, share
+from common import describe, is_held, logits_of, main, predict_network, share
 from matplotlib import pyplot as plt
 from scipy.spatial.distance import cdist
 from torch import nn
@@ -65,6 +69,24 @@ def network_attacks(task):
         "AutoAttack": auto.generate,
     }
     return {name: seeded(attack) for name, attack in attacks.items()}
+
+
+def network_margin_attacks(task, n):
+    """Return rows attacked for a large margin, from which the network then does not abstain."""
+    eps = attack_settings(task.name)[0]
+    X, y, options = task.X_test[:n], task.y_test[:n], {"eps": eps, "step": eps / 8, "max_iter": 100}
+    return {
+        f"PGD, margin, start {seed}": pgd(
+            task.network, X, y, loss="margin", random_start=True, random_state=seed, **options
+        )
+        for seed in range(3)
+    }
+
+
+def margins(network, X):
+    """Return by how much the network's largest logit exceeds the next one."""
+    first, second = logits_of(network, X).topk(2, dim=1).values.unbind(dim=1)
+    return (first - second).numpy()
 
 
 @seeded
@@ -170,6 +192,14 @@ def rows_of(task, settings):
         attacked = attack.generate(X[:n], y[:n])
         return attacked, round((perf_counter() - start) / n, 2), attack.n_steps_
 
+    def abstaining(name, parameters, flagged, right):
+        """Return the lines of a classifier that may abstain: right or flagged under each attack."""
+        yield row(name, parameters, "none; flagged", eps, flagged)
+        for kind, (r, seconds) in right.items():
+            yield row(name, parameters, f"{kind}; right or flagged", eps, r, seconds)
+        worst = np.all([r for r, _ in right.values()], axis=0)
+        yield row(name, parameters, "worst; right or flagged", eps, worst)
+
     n_adaptive, n_curve = (min(own[name], len(X)) for name in ("n_adaptive", "n_curve"))
     right = {"none": predict_network(task.network, X) == y}
     right |= {k: predict_network(task.network, Z) == y for k, Z in transferred.items()}
@@ -177,6 +207,15 @@ def rows_of(task, settings):
         yield row("network", {}, kind, eps, r)
     worst = np.all(list(right.values()), axis=0)[:n_adaptive]
     yield row("network", {}, "worst", eps, worst)
+    if any("threat" in entry for entry in own["classifier"]):
+        least = np.quantile(margins(task.network, task.X_validation), 0.05)
+        attacked = {"none": X, **transferred, **network_margin_attacks(task, n_adaptive)}
+        held = {}
+        for kind, Z in attacked.items():
+            is_right = predict_network(task.network, Z[:n_adaptive]) == y[:n_adaptive]
+            held[kind] = is_right | (margins(task.network, Z[:n_adaptive]) < least), ""
+        flagged = margins(task.network, X) < least
+        yield from abstaining("network, by its margin", {}, flagged, held)
     slower = {
         "Square on scores": (by_square, own["n_square"]),
         "HopSkipJump": (
@@ -191,8 +230,8 @@ def rows_of(task, settings):
         right |= {k: fitted.predict(Z) == y for k, Z in transferred.items()}
         for kind, r in right.items():
             yield row(name, parameters, kind, eps, r)
-        attacked, seconds, n_steps = adaptive(fitted, n_adaptive, eps)
-        right["adaptive"] = fitted.predict(attacked) == y[:n_adaptive]
+        unaware, seconds, n_steps = adaptive(fitted, n_adaptive, eps)
+        right["adaptive"] = fitted.predict(unaware) == y[:n_adaptive]
         steps = describe(left_after_steps(right["adaptive"], n_steps))
         yield row(name, parameters, "adaptive", eps, right["adaptive"], seconds, steps)
         worst = np.all([r[:n_adaptive] for r in right.values()], axis=0)
@@ -217,17 +256,18 @@ def rows_of(task, settings):
         if "threat" in entry:
             scorer = ThreatScorer(task.network, random_state=0, **entry["threat"])
             fitted = task.fit(entry["kind"], {**parameters, "threat_scorer": scorer})
-            known = {**parameters, "threat_scorer": entry["threat"]}
-            flagged = fitted.threat_scorer_.predict(X) == -1
-            yield row(name, known, "none; flagged", eps, flagged)
+            # Samples that the network was trained on are more typical than new ones.
+            fitted.threat_scorer_.fit(task.X_validation, task.y_validation)
             n = n_adaptive
-            held = [is_held(fitted, Z[:n], y[:n]) for Z in (X, *transferred.values())]
+            attacked = {"none": (X, ""), "adaptive": (unaware, "")}
+            attacked |= {kind: (Z, "") for kind, Z in transferred.items()}
             for weight in own["threat_weights"]:
-                attacked, seconds, _ = adaptive(fitted, n, eps, weight)
-                held.append(is_held(fitted, attacked, y[:n]))
-                kind = f"adaptive, threat weight {weight:g}; right or alarmed"
-                yield row(name, known, kind, eps, held[-1], seconds)
-            yield row(name, known, "worst; right or alarmed", eps, np.all(held, axis=0))
+                Z, seconds, _ = adaptive(fitted, n, eps, weight)
+                attacked[f"adaptive, threat weight {weight}"] = Z, seconds
+            held = {k: (is_held(fitted, Z[:n], y[:n]), t) for k, (Z, t) in attacked.items()}
+            flagged = fitted.threat_scorer_.predict(X) == -1
+            known = {**parameters, "threat_scorer": entry["threat"]}
+            yield from abstaining(name, known, flagged, held)
 
 
 if __name__ == "__main__":

@@ -120,15 +120,20 @@ class Task:
         return results["params"][best]
 
 
-def predict_network(network, X):
-    """Return the network's own labels."""
+def logits_of(network, X):
+    """Return the network's outputs."""
     with torch.no_grad():
         parts = [network(torch.from_numpy(rows)) for rows in np.array_split(X, -(-len(X) // 256))]
-    return torch.cat(parts).argmax(dim=1).numpy()
+    return torch.cat(parts)
+
+
+def predict_network(network, X):
+    """Return the network's own labels."""
+    return logits_of(network, X).argmax(dim=1).numpy()
 
 
 def is_held(rails, rows, y):
-    """Tell which rows are answered rightly, or raise an alarm."""
+    """Check which rows are classified correctly or flagged."""
     return (rails.predict(rows) == y) | (rails.threat_scorer_.predict(rows) == -1)
 
 

@@ -30,7 +30,7 @@ def curves_of(task, settings):
     curves, shares = {"antigen": [], "mismatched antigen": []}, []
 
     def add(rails):
-        """Put one point onto every curve."""
+        """Add one point to every curve."""
         points = {name: [] for name in curves}
         own_class = []
         for i in range(len(X)):

@@ -195,7 +195,7 @@ def load_data(name, data_home=None):
 
 
 def split_rows(name, data, n_validation, n_train=10_000):
-    """Give training rows that the network knows, and validation rows that it does not."""
+    """Return training rows that the network knows, and validation rows that it does not."""
     n_rows = RECIPES[name].n_rows
     X_train, y_train = data.X_train[:n_rows][:n_train], data.y_train[:n_rows][:n_train]
     validation = slice(n_rows, n_rows + n_validation)
@@ -203,7 +203,7 @@ def split_rows(name, data, n_validation, n_train=10_000):
 
 
 def attack_settings(name):
-    """Give the paper's radius, step and number of steps for the data of a recipe."""
+    """Return the paper's radius, step and number of steps for the data of a recipe."""
     return ATTACKS[name.split("_")[0]]
 
 

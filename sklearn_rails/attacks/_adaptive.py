@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot, pad
 from tqdm.auto import tqdm
 
 from .._base import as_fitted, validate_rows
-from .._compat import Interval, validate_parameter_constraints
+from .._compat import Interval, StrOptions, validate_parameter_constraints
 from .._dknn import DkNNClassifier
 from .._rails import RAILSClassifier
 from .._validation import check_same_length, naming, plain_scalar
@@ -73,8 +73,8 @@ class AdaptiveKNNAttack:
     that the neighbours do not rule out: each restart is made a second time, with the margins of
     the network's logits added to the scores. With ``gate=Triage()``, the references are the
     neighbours, whose vote decides all samples that are not flagged. With a ``threat_weight``, only
-    misclassified samples that are not flagged count as a success, and the attack subtracts that
-    multiple of a soft threat score, computed from ``s`` in the layers of the threat scorer.
+    misclassified samples that are not flagged count as a success, and the attack also lowers a soft
+    threat score, computed from ``s`` in the layers of the threat scorer.
 
     Parameters
     ----------
@@ -110,11 +110,12 @@ class AdaptiveKNNAttack:
         Number of seeds under which the attack computes responses of RAILS.
     n_checks : int, default=5
         Number of further seeds, whose majority decides whether RAILS misclassifies a sample.
-    threat_weight : float, default=0
-        Weight of the threat score of RAILS's ``threat_scorer``, a
-        :class:`~sklearn_rails.ThreatScorer`. 0 ignores it. Try several weights and take the worst
-        case of each sample: with too large a weight the attack avoids being flagged but fools
-        nothing.
+    threat_weight : float or "selective", default=0
+        How the attack evades RAILS's ``threat_scorer``, a :class:`~sklearn_rails.ThreatScorer`. 0
+        ignores it. A number subtracts this multiple of the threat score from what is maximized;
+        with too large a number the attack is not flagged, but fools nothing. ``"selective"``
+        lowers the threat score of samples that are misclassified, and fools the others, as seen
+        every ``refresh`` steps [4]_. Try several and take the worst case of each sample.
     clip : "auto", pair of float or None, default="auto"
         Bounds of the attacked samples, besides the ball. ``"auto"`` is the domain of the training
         samples, as RAILS has it: [0, 1] if all their values are in it, else the range of each
@@ -156,6 +157,8 @@ class AdaptiveKNNAttack:
        Neighbor Attack and Defense", 2021, arXiv:2106.14300.
     .. [3] A. Athalye, N. Carlini, D. Wagner, "Obfuscated Gradients Give a False Sense of Security",
        ICML 2018, arXiv:1802.00420 (expectation over the defence's randomness).
+    .. [4] O. Bryniarski, N. Hingun, P. Pachuca, V. Wang, N. Carlini, "Evading Adversarial Example
+       Detection Defenses with Orthogonal Projected Gradient Descent", ICLR 2022, arXiv:2106.15023.
 
     Examples
     --------
@@ -176,7 +179,8 @@ class AdaptiveKNNAttack:
 
     _parameter_constraints = {
         "step": [Interval(Real, 0, None, closed="left"), None],
-        **{name: [Interval(Real, 0, None, closed="left")] for name in ("eps", "threat_weight")},
+        "eps": [Interval(Real, 0, None, closed="left")],
+        "threat_weight": [Interval(Real, 0, None, closed="left"), StrOptions({"selective"})],
         **{name: [Interval(Integral, 1, None, closed="left")] for name in COUNTS},
         "n_targets": [Interval(Integral, 0, None, closed="left")],
         "max_steps": [Interval(Integral, 1, None, closed="left"), None],
@@ -200,7 +204,7 @@ class AdaptiveKNNAttack:
         refresh: int = 10,
         n_seeds: int = 3,
         n_checks: int = 5,
-        threat_weight: float = 0,
+        threat_weight: float | Literal["selective"] = 0,
         clip: str | tuple[float, float] | None = "auto",
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
@@ -254,7 +258,7 @@ class AdaptiveKNNAttack:
                 )
             else:
                 self._defence = NeighborSurrogate(estimator, train, labels, n_references)
-            if threat_weight > 0:
+            if threat_weight == "selective" or threat_weight > 0:
                 self._threat = ThreatSurrogate(estimator, train, labels, n_references)
 
     def generate(
@@ -401,12 +405,16 @@ class AdaptiveKNNAttack:
         for iteration in range(n_iter):
             if iteration % self.refresh == 0:
                 scores = soften(feature_map, points, self._defence.affinity, references, scales)
-                threat = None if self._threat is None else self._threat.soften(points)
+                lower_threat = self._soften_threat(
+                    points, lambda points: self._defence.guess(points) != labels
+                )
 
-            def objective(points: Tensor, scores: Any = scores, threat: Any = threat) -> Tensor:
+            def objective(
+                points: Tensor, scores: Any = scores, lower: Any = lower_threat
+            ) -> Tensor:
                 features = feature_map.with_gradient(points)
                 total = torch.cat([scores[layer](f) for layer, f in features.items()], dim=1).sum(1)
-                return total if threat is None else total - self.threat_weight * threat(points)
+                return lower(points, total)
 
             # Shorter steps toward the end come closer.
             step = self.step * (1 - iteration / n_iter)
@@ -430,16 +438,17 @@ class AdaptiveKNNAttack:
         for iteration in range(n_iter + 1):
             if iteration % self.refresh == 0 or iteration == n_iter:
                 references, predicted = self._defence.respond(points[left])
-                suspects = left[predicted != labels[left]]
+                is_wrong = predicted != labels[left]
+                suspects = left[is_wrong]
                 if len(suspects):
                     fooled[suspects] = self._is_fooled(points[suspects], labels[suspects])
                     kept = (~fooled[left]).nonzero()[:, 0]
-                    left = left[kept]
+                    left, is_wrong = left[kept], is_wrong[kept]
                     references = {k: (f[kept], e[kept]) for k, (f, e) in references.items()}
                 if len(left) == 0 or iteration == n_iter:
                     break
                 objective = self._objective(
-                    points[left], labels[left], references, scales, restart, with_network
+                    points[left], labels[left], is_wrong, references, scales, restart, with_network
                 )
             moved = points[left] + self.step * self._gradient(objective, points[left]).sign()
             points[left] = moved.clamp(low[left], high[left])
@@ -462,6 +471,7 @@ class AdaptiveKNNAttack:
         self,
         points: Tensor,
         labels: Tensor,
+        is_wrong: Tensor,
         references: References,
         scales: dict[str, float],
         restart: int,
@@ -470,7 +480,7 @@ class AdaptiveKNNAttack:
         """Return the function to maximize near some points, with constant references."""
         feature_map = self.estimator.feature_map_
         soft_scores = soften(feature_map, points, self._defence.affinity, references, scales)
-        threat = None if self._threat is None else self._threat.soften(points)
+        lower_threat = self._soften_threat(points, lambda _: is_wrong)
         own = one_hot(labels, len(self.estimator.classes_)).bool()
 
         def objective(points: Tensor) -> Tensor:
@@ -492,9 +502,22 @@ class AdaptiveKNNAttack:
                 else:
                     others = torch.logsumexp(scores, dim=1)
                 total = total + others - scores[own]
-            return total if threat is None else total - self.threat_weight * threat(points)
+            return lower_threat(points, total)
 
         return objective
+
+    def _soften_threat(
+        self, points: Tensor, find_wrong: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that adds to an objective that the threat be low, near some points."""
+        if self._threat is None:
+            return lambda points, total: total
+        threat = self._threat.soften(points)
+        if self.threat_weight == "selective":
+            is_wrong = find_wrong(points)
+            return lambda points, total: torch.where(is_wrong, -threat(points), total)
+        weight = float(self.threat_weight)
+        return lambda points, total: total - weight * threat(points)
 
     def _gradient(self, objective: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
         try:

@@ -241,20 +241,21 @@ def test_an_attack_keeps_away_from_alarms(task, method):
     rails = RAILSClassifier(
         network, layers="conv2", population_size=50, threat_scorer=scorer, random_state=0
     ).fit(X, y)
-    caught, silent = [], []
-    for weight in (0, 1e-9, 1):
+    caught, silent = {}, {}
+    for weight in (0, 1e-9, 1, "selective"):
         attack = AdaptiveKNNAttack(
             rails, X, y, eps=0.3, threat_weight=weight, **QUICK | {"n_restarts": 1, "n_targets": 0}
         )
         attacked = attack.generate(X_test, y_test)
         wrong = rails.predict(attacked) != y_test
         alarm = rails.threat_scorer_.predict(attacked) == -1
-        caught.append((wrong & alarm).sum())
-        silent.append((wrong & ~alarm).sum())
+        caught[weight] = (wrong & alarm).sum()
+        silent[weight] = (wrong & ~alarm).sum()
     # Caught are then those that are wrong and alarming from the beginning.
-    assert caught[0] > caught[1] >= caught[2]
-    assert silent[2] >= max(silent)
-    assert silent[2] > silent[0]
+    assert caught[0] > caught[1e-9] >= caught[1]
+    assert silent[1] >= silent[1e-9]
+    assert min(silent[1], silent["selective"]) > silent[0]
+    assert silent["selective"] > silent[1e-9]
 
 
 @pytest.mark.parametrize("method", DETECTORS)
@@ -305,8 +306,11 @@ def test_a_threat_weight_needs_a_threat_scorer_that_it_knows(task):
     forest.fit(X.reshape(len(X), 64), y)
     with pytest.raises(TypeError, match="IsolationForest"):
         AdaptiveKNNAttack(forest, X.reshape(len(X), 64), y, eps=0.1, threat_weight=1)
-    with pytest.raises(ValueError, match="'threat_weight' parameter .* Got -1"):
-        AdaptiveKNNAttack(knn, X, y, eps=0.1, threat_weight=-1)
+    for weight in (-1, np.nan, np.inf, "all", [0.1], None, 1j):
+        with pytest.raises(
+            ValueError, match="'threat_weight' parameter .* a float .* or a str among {'selective'}"
+        ):
+            AdaptiveKNNAttack(knn, X, y, eps=0.1, threat_weight=weight)
 
 
 def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(task, monkeypatch):
@@ -338,7 +342,7 @@ def test_the_seed_of_rails_is_not_known_and_success_is_judged_by_unseen_ones(tas
         ),
         *(
             ({name: value}, ValueError, f"'{name}' parameter .* must be a float")
-            for name in ("eps", "step", "threat_weight")
+            for name in ("eps", "step")
             for value in ("a", np.inf, np.nan, -1, 1j, [0.1])
         ),
         *(
