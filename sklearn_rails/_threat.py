@@ -97,6 +97,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         - ``"feature_squeezing"``: how far the network's probabilities move when the input is
           rounded (to one bit for grey images, five for others) or, if it is an image, smoothed by
           a median filter, whatever the layers [7]_;
+        - ``"confidence"``: the log odds against the label that the network predicts, whatever the
+          layers [8]_. Choose it for adversarially trained networks: a normally trained one is
+          surest of attacked samples;
         - an outlier detector with scikit-learn's or PyOD's interface, such as
           ``LocalOutlierFactor(novelty=True)``: its score. A clone is fitted to the features of each
           layer. Since it cannot leave samples out, half of the samples (5,000 at most), drawn at
@@ -150,14 +153,14 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     Notes
     -----
     The false-alarm rate on clean data that are like the samples of ``fit`` is at most ``alpha``.
-    This is exact for ``"feature_squeezing"`` and outlier detectors, and approximate for the other
-    methods, since clean samples are scored without themselves, with one sample fewer among the
-    neighbours. In the simulations of ``tests/test_rates.py`` the rate was at most ``alpha`` for
-    every method, from 10 samples on, with up to a quarter of the samples as neighbours. It holds on
-    average over the samples of ``fit``: the rate of a single fitted scorer varies about it with a
-    standard deviation of about sqrt(alpha (1 - alpha) / ``n_calibration_``). Features of samples
-    that the network was trained on differ from those of new ones: if there are enough, fit the
-    scorer on clean samples that the network has not seen.
+    This is exact for ``"feature_squeezing"``, ``"confidence"`` and outlier detectors, and
+    approximate for the other methods, since clean samples are scored without themselves, with one
+    sample fewer among the neighbours. In the simulations of ``tests/test_rates.py`` the rate was at
+    most ``alpha`` for every method, from 10 samples on, with up to a quarter of the samples as
+    neighbours. It holds on average over the samples of ``fit``: the rate of a single fitted scorer
+    varies about it with a standard deviation of about sqrt(alpha (1 - alpha) / ``n_calibration_``).
+    Features of samples that the network was trained on differ from those of new ones: if there are
+    enough, fit the scorer on clean samples that the network has not seen.
 
     A sample is always flagged, even if ``alpha`` is too small for any other to be flagged, if the
     network gives NaN or infinity, if a method's score is NaN, or if it is infinite and no
@@ -185,6 +188,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
        Dimensionality", ICLR 2018.
     .. [7] W. Xu, D. Evans, Y. Qi, "Feature Squeezing: Detecting Adversarial Examples in Deep Neural
        Networks", NDSS 2018.
+    .. [8] D. Hendrycks, K. Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution
+       Examples in Neural Networks", ICLR 2017, arXiv:1610.02136.
 
     Examples
     --------
@@ -253,8 +258,8 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             all samples are of one class, and credibility depends on the distance alone. For
             ``"disagreement"`` and ``"kernel_density"`` the network needs an output for each class,
             in the order of the sorted classes; without a network, ``"kernel_density"`` takes all
-            samples as one class, and ``"disagreement"`` and ``"feature_squeezing"`` raise an
-            error.
+            samples as one class, and ``"disagreement"``, ``"feature_squeezing"`` and
+            ``"confidence"`` raise an error.
 
         Returns
         -------

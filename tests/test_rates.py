@@ -98,7 +98,7 @@ def alarms_of_scorer(method, kind, n, alpha, n_fits, n_new):
     return flagged
 
 
-NEEDS_NETWORK = {"disagreement", "feature_squeezing"}
+NEEDS_NETWORK = {"disagreement", "feature_squeezing", "confidence"}
 
 
 def p_values_of_arbitration(kind, n, n_fits, n_new):
@@ -162,6 +162,7 @@ METHODS = [
     "lid",
     "disagreement",
     "feature_squeezing",
+    "confidence",
     ["credibility", "distance"],
     ["distance", "mahalanobis", "lid"],
     ["disagreement", "mahalanobis", "feature_squeezing"],

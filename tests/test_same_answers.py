@@ -91,7 +91,7 @@ def draw_scorer(rnd, network, **settings):
     )
 
 
-NEEDS_NETWORK = ("disagreement", "feature_squeezing")
+NEEDS_NETWORK = ("disagreement", "feature_squeezing", "confidence")
 ALGORITHMS = ["auto", "auto", ExactNeighbors("float16"), "brute", "kd_tree", "ball_tree"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .base import Detector
+from .confidence import Confidence
 from .conformity import Credibility, Disagreement
 from .density import KernelDensity
 from .distance import Distance, LocalIntrinsicDimensionality
@@ -21,6 +22,7 @@ DETECTORS: dict[str, type[Detector]] = {
     "mahalanobis": Mahalanobis,
     "lid": LocalIntrinsicDimensionality,
     "feature_squeezing": FeatureSqueezing,
+    "confidence": Confidence,
 }
 
 

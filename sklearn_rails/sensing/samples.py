@@ -382,9 +382,8 @@ class SoftQuery:
             wanted = (*wanted, feature_map.output)
         found = feature_map.with_gradient(X, wanted)
         self.features = {layer: found[layer] for layer in self.layers}
-        self.probabilities = (
-            soft_labels(found[feature_map.output]) if feature_map.has_network else None
-        )
+        self.outputs = found[feature_map.output] if feature_map.has_network else None
+        self.probabilities = None if self.outputs is None else soft_labels(self.outputs)
         self._score_classes = class_scores
         self._class_scores: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -422,4 +421,19 @@ def soft_labels(outputs: torch.Tensor) -> torch.Tensor:
     -------
     torch.Tensor of shape (n, n_classes)
     """
-    return (outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))).softmax(dim=1)
+    return class_logits(outputs).softmax(dim=1)
+
+
+def class_logits(outputs: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the classes.
+
+    Parameters
+    ----------
+    outputs : torch.Tensor of shape (n, n_outputs)
+        Logits; a single one is that of the second of two classes.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes)
+    """
+    return outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import median_filter
+from scipy.special import softmax
 from sklearn import config_context
 from sklearn.covariance import LedoitWolf
 from torch import nn
@@ -215,6 +216,22 @@ def test_squeezing_agrees_with_a_literal_computation(shape, n_steps):
     )
     found = DETECTORS["feature_squeezing"]().fit(clean)(Query(X, network(X), network))
     assert_allclose(found[:, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2, 5])
+def test_confidence_is_the_log_odds_of_the_predicted_label(n_outputs):
+    X = 30 * np.random.default_rng(0).standard_normal((20, n_outputs), dtype=np.float32)
+    X[0] = 0
+    network = map_of(nn.Identity(), "output", (n_outputs,))
+    network.probe(X)
+    scores = DETECTORS["confidence"]().fit(None)(Query(X, network(X), network))
+    logits = np.pad(X, ((0, 0), (1, 0))) if n_outputs == 1 else X
+    probabilities = softmax(logits.astype(np.longdouble), axis=1)
+    largest = probabilities.max(axis=1)
+    others = np.sort(probabilities, axis=1)[:, :-1].sum(axis=1)
+    assert_allclose(scores[:, 0], (np.log(others) - np.log(largest)).astype(float), rtol=1e-6)
+    assert scores[0, 0] == pytest.approx(np.log(max(n_outputs, 2) - 1), abs=1e-12)
+    assert len(np.unique(scores)) == 20  # also where the largest probability is rounded to 1
 
 
 def plain_map(X):
