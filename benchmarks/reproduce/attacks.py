@@ -236,6 +236,7 @@ def rows_of(task, settings):
         ),
     }
     for entry in own["classifier"]:
+        n_adaptive = min(entry.get("n_adaptive", own["n_adaptive"]), len(X))
         name, parameters = entry["name"], entry["parameters"]
         fitted = task.fit(entry["kind"], parameters)
         right = {"none": fitted.predict(X) == y}

@@ -71,7 +71,8 @@ class AdaptiveKNNAttack:
 
     With ``gate=Arbitration()``, an attacker may target the vote, or the network toward a class
     that the neighbours do not rule out: each restart is made a second time, with the margins of
-    the network's logits added to the scores. With ``gate=Triage()``, the references are the
+    the network's logits added to the scores. The references of samples that the gate does not let
+    be bred are their neighbours. With ``gate=Triage()``, the references are the
     neighbours, whose vote decides all samples that are not flagged. With a ``threat_weight``, only
     misclassified samples that are not flagged count as a success, and the attack also lowers a soft
     threat score, computed from ``s`` in the layers of the threat scorer.

@@ -196,19 +196,29 @@ class PopulationSurrogate:
 
     def respond(self, points: Tensor) -> tuple[References, Tensor]:
         """Return the references and the predictions."""
-        references: References = {}
         if self._triages:
             # Neighbours vote on samples that are not flagged.
-            for layer, flock in self._flocks(points):
-                index = flock.index[..., : self._n_references]
-                cells = layer.take_cells(index.clamp(min=0))
-                references[layer.name] = _features_of(layer, cells), index >= 0
-            return references, _predict(self._estimator, points)
+            return self._nearest(self._flocks(points)), _predict(self._estimator, points)
         flocks, screening = self._engine.screen(points, None)
+        predicted = (screening.votes + screening.ties / len(flocks)).argmax(dim=1)
+        bred = screening.bred.nonzero()[:, 0]
+        references: References = {}
+        if len(bred) < len(points):
+            # The gate compares the neighbours of samples before any is bred.
+            layers = zip(self._engine.layers, flocks, strict=True)
+            references = self._nearest(list(layers))
+        if len(bred):
+            found, predicted[bred] = self._breed([flock.take(bred) for flock in flocks])
+            references = _replace(references, found, bred) if references else found
+        return references, predicted
+
+    def _breed(self, flocks: Sequence[Flock]) -> tuple[References, Tensor]:
+        """Return the best cells under each seed that is known, and the majority of predictions."""
+        references: References = {}
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         predictions = []
         for engine in self.known:
-            votes, ties = torch.zeros_like(screening.votes), torch.zeros_like(screening.ties)
+            votes = ties = torch.zeros(())
             for layer, flock in zip(engine.layers, flocks, strict=True):
                 response = layer.respond(flock, keep_cells=True)
                 votes, ties = votes + response.votes, ties + response.ties
@@ -218,9 +228,16 @@ class PopulationSurrogate:
         for name, bred in parts.items():
             members, exists = zip(*bred, strict=True)
             references[name] = torch.cat(members, dim=2), torch.cat(exists, dim=2)
-        kept = (screening.votes + screening.ties / len(flocks)).argmax(dim=1)
-        majority = torch.stack(predictions).mode(dim=0).values
-        return references, torch.where(screening.bred, majority, kept)
+        return references, torch.stack(predictions).mode(dim=0).values
+
+    def _nearest(self, flocks: Sequence[tuple[ResponseLayer, Flock]]) -> References:
+        """Return the nearest examples of each class."""
+        references: References = {}
+        for layer, flock in flocks:
+            index = flock.index[..., : self._n_references]
+            cells = layer.take_cells(index.clamp(min=0))
+            references[layer.name] = _features_of(layer, cells), index >= 0
+        return references
 
     def scales(self, points: Tensor) -> dict[str, float]:
         """Return the scale of affinities in each layer."""
@@ -256,6 +273,20 @@ class PopulationSurrogate:
 def _features_of(layer: ResponseLayer, cells: Tensor) -> Tensor:
     features = layer.features.features_of_cells(cells.flatten(0, 2), layer.name)
     return features.reshape(*cells.shape[:3], -1)
+
+
+def _replace(references: References, others: References, rows: Tensor) -> References:
+    """Return references of which those of some rows are replaced by others."""
+    replaced: References = {}
+    for layer, (members, exists) in references.items():
+        new_members, new_exists = others[layer]
+        width = max(exists.shape[2], new_exists.shape[2])
+        members = pad(members, (0, 0, 0, width - members.shape[2]))
+        exists = pad(exists, (0, width - exists.shape[2]))
+        members[rows] = pad(new_members, (0, 0, 0, width - new_members.shape[2]))
+        exists[rows] = pad(new_exists, (0, width - new_exists.shape[2]))
+        replaced[layer] = members, exists
+    return replaced
 
 
 def _predict(estimator: DkNNClassifier | RAILSClassifier, points: Tensor) -> Tensor:

@@ -224,14 +224,26 @@ def test_an_arbitrating_defence_is_attacked_as_a_whole(task):
 def test_the_attack_sees_which_labels_stand(task):
     network, X, y, X_test, y_test = task
     rails = RAILSClassifier(
-        network, layers="input", population_size=50, gate=Arbitration(0.05), random_state=0
+        network, layers="input", population_size=50, gate=Arbitration(0.15), random_state=0
     ).fit(X, y)
     attacked = pgd(network, X_test, y_test, eps=0.3, step=0.05)
-    stands = rails.respond(attacked).p_values > 0.05
+    stands = rails.respond(attacked).p_values > 0.15
     assert (rails.predict(attacked) != y_test)[stands].any()
     surrogate = AdaptiveKNNAttack(rails, X, y, eps=0.1, random_state=0)._defence
-    _, answers = surrogate.respond(torch.from_numpy(attacked.reshape(len(attacked), -1)))
+    points = torch.from_numpy(attacked.reshape(len(attacked), -1))
+    references, answers = surrogate.respond(points)
     assert_array_equal(answers.numpy()[stands], network.predict(attacked)[stands])
+    # The gate compares neighbours; what the vote is about are populations of the others.
+    ((_, index),) = rails.engine_.kneighbors(points)
+    neighbors = torch.from_numpy(X.reshape(len(X), -1)[index])
+    members, exists = references["input"]
+    n_neighbors = index.shape[2]
+    assert 0 < stands.sum() < len(stands)
+    assert_array_equal(members[stands][:, :, :n_neighbors], neighbors[stands])
+    assert not exists[stands][:, :, n_neighbors:].any()
+    is_neighbor = (members[~stands][:, :, :n_neighbors] == neighbors[~stands]).all(dim=3)
+    assert is_neighbor.float().mean() < 0.5
+    assert exists[~stands].any(dim=2).all()
 
 
 @pytest.mark.parametrize("method", ["credibility", "mahalanobis", ["distance", "credibility"]])
