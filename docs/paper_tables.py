@@ -63,9 +63,10 @@ def write_tables(results, target):
         (target / path.name).write_bytes(path.read_bytes())
     files = read_results(results)
     tables = {
-        "accuracy": accuracy_table(files["table1"]),
+        "accuracy": accuracy_table(files),
         "gain": gain_table(files["table1"]),
         "adaptive": adaptive_table(files["attacks"]),
+        "abstaining": abstaining_table(files["attacks"]),
         "saturation": saturation_table(files["saturation"]),
         "parts": parts_table(files["study"]),
         "detection": detection_table(files["detect"]),
@@ -96,7 +97,7 @@ def read_results(results):
 def readme_table(results):
     """Return accuracy, clean and under attack, and under the worst attack, as Markdown."""
     files = read_results(results)
-    header, *rows = accuracy_table(files["table1"])
+    header, *rows = accuracy_table(files)
     worst = {
         row[0]: [cell.split(" / ")[1] for cell in row[1:]]
         for row in adaptive_table(files["attacks"])[1:]
@@ -122,15 +123,24 @@ def percent(text):
     return text.split(" ")[0]
 
 
-def accuracy_table(rows):
+def accuracy_table(files):
     """Return clean and attacked accuracy of each classifier on each network."""
     classifiers = ["network", "k-NN vote", "DkNN", "RAILS"]
     table = [["", *classifiers]]
     for network, name in NETWORKS.items():
-        found = [select(rows, network=network, classifier=c) for c in classifiers]
-        table.append(
-            [name, *(f"{percent(row['clean'])} / {percent(row['robust'])}" for row in found)]
-        )
+        cells = []
+        for classifier in classifiers:
+            if not network.endswith("adversarial"):
+                row = select(files["table1"], network=network, classifier=classifier)
+                shares = [row["clean"], row["robust"]]
+            elif classifier == "k-NN vote":
+                shares = []
+            else:
+                known = {"network": network, "classifier": classifier}
+                found = [select(files["attacks"], **known, attack=a) for a in ("none", "PGD")]
+                shares = [row["right"] for row in found]
+            cells.append(" / ".join(map(percent, shares)))
+        table.append([name, *cells])
     return table
 
 
@@ -168,6 +178,30 @@ def adaptive_table(rows):
             )
             cells.append(f"{percent(pgd['right'])} / {percent(worst['right'])}")
         table.append([NETWORKS[network], *cells])
+    return table
+
+
+def abstaining_table(rows):
+    """Return the shares of images that are classified correctly or flagged, under all attacks."""
+    table = [["", "best without flags", "clean flagged", "scorer unknown", "worst"]]
+    for network, found in by_network(rows).items():
+        best = max(
+            float(percent(row["right"]))
+            for row in found
+            if row["attack"] == "worst" and row["classifier"] in ("network", "DkNN", "RAILS")
+        )
+        for flagged in (row for row in found if row["attack"] == "none; flagged"):
+            keys = ("classifier", "parameters")
+            held = {
+                row["attack"].removesuffix("; right or flagged"): float(percent(row["right"]))
+                for row in found
+                if row["attack"].endswith("; right or flagged")
+                and all(row[key] == flagged[key] for key in keys)
+            }
+            worst = held.pop("worst")
+            unknown = min(v for k, v in held.items() if "margin" not in k and "weight" not in k)
+            name = f"{NETWORKS[network]}: {flagged['classifier']}"
+            table.append([name, best, percent(flagged["right"]), unknown, worst])
     return table
 
 

@@ -37,7 +37,7 @@ def read(path):
 
 def test_tables_are_small_enough_for_a_phone(target):
     paths = list((target / "small").glob("*.csv"))
-    assert len(paths) == 13
+    assert len(paths) == 14
     for path in paths:
         rows = read(path)
         assert len(rows) <= 10
@@ -106,6 +106,28 @@ def test_a_result_that_is_missing_or_there_twice_is_an_error(paper_tables):
         paper_tables.select([row], network="svhn")
     with pytest.raises(ValueError, match="2 rows"):
         paper_tables.select([row, row], network="mnist")
+
+
+def test_abstaining_stands_beside_the_best_without_flags(paper_tables):
+    def row(classifier, attack, right, parameters="{}"):
+        names = "network", "classifier", "attack", "right", "parameters"
+        values = "svhn_adversarial", classifier, attack, f"{right} (0.0 to 100.0)", parameters
+        return dict(zip(names, values, strict=True))
+
+    rows = [
+        row("network", "worst", "31.0"),
+        row("DkNN", "worst", "29.0"),
+        row("RAILS", "worst", "30.0"),
+        row("RAILS, arbitrating", "worst", "99.0"),
+        row("RAILS, arbitrating", "none; flagged", "5.0", "scorer"),
+        row("RAILS, arbitrating", "AutoAttack; right or flagged", "50.0", "scorer"),
+        row("RAILS, arbitrating", "adaptive; right or flagged", "48.0", "scorer"),
+        row("RAILS, arbitrating", "adaptive, threat weight 1; right or flagged", "36.0", "scorer"),
+        row("RAILS, arbitrating", "worst; right or flagged", "34.0", "scorer"),
+    ]
+    assert paper_tables.abstaining_table(rows)[1:] == [
+        ["SVHN, adv.: RAILS, arbitrating", 31.0, "5.0", 48.0, 34.0]
+    ]
 
 
 def test_the_chosen_layer_stands_beside_the_best(paper_tables):
