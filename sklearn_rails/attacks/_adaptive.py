@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from .._base import as_fitted, validate_rows
@@ -24,6 +24,7 @@ from .._rails import RAILSClassifier
 from .._validation import check_same_length, naming, plain_scalar
 from ..features.device import RandomStateGuard
 from ..features.gradient import NotDifferentiableError, differentiate
+from ..features.outputs import class_logits
 from ..metrics._arrays import check_labels
 from ..neighbors import ClassNeighbors
 from ._ball import Ball
@@ -487,12 +488,8 @@ class AdaptiveKNNAttack:
         def objective(points: Tensor) -> Tensor:
             behind: Tensor | float = 0
             if with_network:
-                logits = feature_map.with_gradient(points, (feature_map.output,))[
-                    feature_map.output
-                ]
-                if logits.shape[1] == 1:
-                    # The logit of the second of two classes.
-                    logits = pad(logits, (1, 0))
+                found = feature_map.with_gradient(points, (feature_map.output,))
+                logits = class_logits(found[feature_map.output])
                 # A larger margin than it takes to fool the network is of no use.
                 behind = (logits - logits[own][:, None]).clamp(max=0)
             total = torch.zeros_like(points[:, 0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -205,8 +205,7 @@ class PopulationSurrogate:
         references: References = {}
         if len(bred) < len(points):
             # The gate compares the neighbours of samples before any is bred.
-            layers = zip(self._engine.layers, flocks, strict=True)
-            references = self._nearest(list(layers))
+            references = self._nearest(zip(self._engine.layers, flocks, strict=True))
         if len(bred):
             found, predicted[bred] = self._breed([flock.take(bred) for flock in flocks])
             references = _replace(references, found, bred) if references else found
@@ -230,7 +229,7 @@ class PopulationSurrogate:
             references[name] = torch.cat(members, dim=2), torch.cat(exists, dim=2)
         return references, torch.stack(predictions).mode(dim=0).values
 
-    def _nearest(self, flocks: Sequence[tuple[ResponseLayer, Flock]]) -> References:
+    def _nearest(self, flocks: Iterable[tuple[ResponseLayer, Flock]]) -> References:
         """Return the nearest examples of each class."""
         references: References = {}
         for layer, flock in flocks:

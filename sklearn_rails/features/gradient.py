@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .device import is_out_of_memory
+from .outputs import class_logits
 
 
 class NotDifferentiableError(Exception):
@@ -26,8 +27,7 @@ def lead_of_others(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     -------
     torch.Tensor of shape (n,)
     """
-    if logits.shape[1] == 1:
-        return torch.where(labels == 1, -logits[:, 0], logits[:, 0])
+    logits = class_logits(logits)
     own = logits.gather(1, labels[:, None])[:, 0]
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.amax(dim=1) - own

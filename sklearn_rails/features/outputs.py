@@ -1,10 +1,11 @@
-"""The one tensor in what a layer returns."""
+"""The one tensor in what a layer returns, and the logits in that of the last."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 
 class LayerError(ValueError):
@@ -84,3 +85,18 @@ def replace_tensor(name: str, output: object, x: torch.Tensor) -> object:
         f"start_layer={name!r}: the network gives a {type(output).__name__} there, but cells need "
         "a layer that gives a tensor, or a tuple or list with one."
     )
+
+
+def class_logits(outputs: torch.Tensor) -> torch.Tensor:
+    """Return a logit for each class.
+
+    Parameters
+    ----------
+    outputs : torch.Tensor of shape (n, n_outputs)
+        Logits; a single one is that of the second of two classes.
+
+    Returns
+    -------
+    torch.Tensor of shape (n, n_classes)
+    """
+    return outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..features.outputs import class_logits
 from .base import Detector
-from .samples import CleanSamples, Query, SoftQuery, class_logits
+from .samples import CleanSamples, Query, SoftQuery
 
 
 class Confidence(Detector):

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import pad
 
 from .._blocks import for_blocks
 from .._conformal import sample_rows
 from ..features.mapping import FeatureMap
+from ..features.outputs import class_logits
 from ..neighbors.index import ClassNeighbors
 from ..neighbors.norms import norm
 from ..neighbors.votes import nearest
@@ -422,18 +422,3 @@ def soft_labels(outputs: torch.Tensor) -> torch.Tensor:
     torch.Tensor of shape (n, n_classes)
     """
     return class_logits(outputs).softmax(dim=1)
-
-
-def class_logits(outputs: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the classes.
-
-    Parameters
-    ----------
-    outputs : torch.Tensor of shape (n, n_outputs)
-        Logits; a single one is that of the second of two classes.
-
-    Returns
-    -------
-    torch.Tensor of shape (n, n_classes)
-    """
-    return outputs if outputs.shape[1] > 1 else pad(outputs, (1, 0))

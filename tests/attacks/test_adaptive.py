@@ -224,16 +224,26 @@ def test_an_arbitrating_defence_is_attacked_as_a_whole(task):
 def test_the_attack_sees_which_labels_stand(task):
     network, X, y, X_test, y_test = task
     rails = RAILSClassifier(
-        network, layers="input", population_size=50, gate=Arbitration(0.15), random_state=0
+        network, layers="input", population_size=50, gate=Arbitration(0.05), random_state=0
     ).fit(X, y)
     attacked = pgd(network, X_test, y_test, eps=0.3, step=0.05)
-    stands = rails.respond(attacked).p_values > 0.15
+    stands = rails.respond(attacked).p_values > 0.05
     assert (rails.predict(attacked) != y_test)[stands].any()
     surrogate = AdaptiveKNNAttack(rails, X, y, eps=0.1, random_state=0)._defence
-    points = torch.from_numpy(attacked.reshape(len(attacked), -1))
-    references, answers = surrogate.respond(points)
+    _, answers = surrogate.respond(torch.from_numpy(attacked.reshape(len(attacked), -1)))
     assert_array_equal(answers.numpy()[stands], network.predict(attacked)[stands])
-    # The gate compares neighbours; what the vote is about are populations of the others.
+
+
+def test_the_references_of_labels_that_stand_are_neighbours(task):
+    network, X, y, X_test, _ = task
+    rails = RAILSClassifier(
+        network, layers="input", population_size=50, gate=Arbitration(0.3), random_state=0
+    ).fit(X, y)
+    stands = rails.respond(X_test).p_values > 0.3
+    surrogate = AdaptiveKNNAttack(rails, X, y, eps=0.1, random_state=0)._defence
+    points = torch.from_numpy(X_test.reshape(len(X_test), -1))
+    references, _ = surrogate.respond(points)
+    # The gate compares neighbours; the vote on the others is about populations.
     ((_, index),) = rails.engine_.kneighbors(points)
     neighbors = torch.from_numpy(X.reshape(len(X), -1)[index])
     members, exists = references["input"]
