@@ -4,7 +4,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from numbers import Integral
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -177,6 +177,8 @@ class NetworkEstimator(BaseEstimator):
         is_fitted = hasattr(self, "layers_")
         layers = self.layers_ if is_fitted else resolve_from_extractor(self, "layers")
         layers = "output" if layers is None else layers
+        if isinstance(layers, Mapping):
+            layers = [f"{name} of {method}" for method, name in layers.items()]
         names = layers if isinstance(layers, str) else ", ".join(map(str, layers))
         is_chosen = is_fitted and getattr(self, "layer_scores_", None) is not None
         return f"layers: {names}" + (" (chosen in fit)" if is_chosen else "")
@@ -458,6 +460,7 @@ def prepare_fit(
     start_layer: str | None = None,
     with_output: bool = False,
     score: ScoreLayers | None = None,
+    layers: Any = None,
 ) -> tuple[Any, Any]:
     """Check the data and the network of a fit, and make the map from one to the other.
 
@@ -476,6 +479,8 @@ def prepare_fit(
     score : callable, default=None
         Scores layers where ``layers`` is ``"auto"``, as :func:`~.layer_choice.score_layers` does.
         None for an estimator that has no such choice.
+    layers : str or sequence of str, default=None
+        None for the estimator's own.
 
     Returns
     -------
@@ -496,7 +501,8 @@ def prepare_fit(
     )
     if getattr(estimator, "train_network", False):
         network = train_clone(estimator, X, y)
-    layers = resolve_from_extractor(estimator, "layers")
+    if layers is None:
+        layers = resolve_from_extractor(estimator, "layers")
     is_auto = score is not None and isinstance(layers, str) and layers == "auto"
     features = feature_map(estimator, network, None if is_auto else layers, start_layer)
     features.probe(X, with_output=with_output or is_auto)

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ from .sensing import (
     Evidence,
     any_needs_outputs,
     make_detectors,
+    read_layers,
     score_clean,
     score_detection,
     score_new,
@@ -71,10 +72,13 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     Parameters
     ----------
     %(feature_extractor)s
-    layers : "auto", str, sequence of str or None, default="auto"
+    layers : "auto", str, sequence of str, dict or None, default="auto"
         Layers in which samples are compared, as in ``module.named_modules()``. Within a
         :class:`RAILSClassifier`, the classifier's layers are taken.
         %(layers_auto)s
+        A dict gives each method layers of its own, such as
+        ``{"mahalanobis": "output", "disagreement": ["conv1", "conv2"]}``, but for methods that
+        score none.
     method : str, outlier detector, or list of these, default="auto"
         What is scored, in each layer unless noted otherwise; the evidence of several methods is
         summed. ``"auto"`` takes ``["disagreement", "mahalanobis", "feature_squeezing"]`` with a
@@ -218,7 +222,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         self,
         feature_extractor: Any = None,
         *,
-        layers: str | Sequence[str] | None = "auto",
+        layers: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = "auto",
         method: Any = "auto",
         alpha: float = 0.05,
         output: str = "scores",
@@ -299,7 +303,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             samples, labels, self._n_classes, self.n_neighbors_, self.feature_map_, training, known
         )
         for detector in self.detectors_.values():
-            detector.fit(clean)
+            detector.fit(clean.in_layers(detector.layers))
         self._calibrate(score_clean(self.detectors_, clean, self_index), rng)
         return self
 
@@ -426,11 +430,15 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
     def _prepare(self, X: Any, y: Any, rng: np.random.RandomState) -> tuple[Any, Any]:
         """Check the data and the network, and create the detectors."""
         score = functools.partial(score_detection, method=self.method, n_neighbors=self.n_neighbors)
+        of_method = read_layers(self.layers) if isinstance(self.layers, Mapping) else None
+        layers = None
+        if of_method is not None:
+            layers = list(dict.fromkeys(name for names in of_method.values() for name in names))
         prepare = functools.partial(
-            prepare_fit, self, X, y, network=self.feature_extractor, score=score
+            prepare_fit, self, X, y, network=self.feature_extractor, score=score, layers=layers
         )
         if not isinstance(self.method, str) or self.method != "auto":
-            self.detectors_ = make_detectors(self.method, rng)
+            self.detectors_ = make_detectors(self.method, rng, of_method)
             return prepare(with_output=y is None or any_needs_outputs(self.detectors_))
         methods: tuple[str, ...]
         reason = None
@@ -459,7 +467,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
             )
         else:
             methods = FOR_TOKENS if self.feature_map_.integer_input else WITH_NETWORK
-        self.detectors_ = make_detectors(methods, rng)
+        self.detectors_ = make_detectors(methods, rng, of_method)
         return samples, targets
 
     def _find_classes(

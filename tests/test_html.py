@@ -50,6 +50,14 @@ def test_the_network_is_one_leaf_with_the_layers_in_use(make, form):
     assert shown(estimator)[0] == [name, "feature_extractor", "Network layers: 0"]
 
 
+def test_layers_of_each_method_are_shown():
+    scorer = ThreatScorer(
+        Network(), layers={"distance": "1", "lid": "2"}, method=["distance", "lid"]
+    )
+    assert shown(scorer)[0][-1] == "Network layers: 1 of distance, 2 of lid"
+    assert shown(scorer.fit(X, Y))[0][-1] == "Network layers: 1, 2"
+
+
 def test_layers_that_fit_chooses_are_shown():
     rails = RAILSClassifier(Network(), random_state=0)
     assert shown(rails)[0][-1] == "Network layers: auto"

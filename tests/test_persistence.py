@@ -67,6 +67,12 @@ ESTIMATORS = {
     "DkNN": DkNNClassifier(NET, layers=["0", "output"], random_state=0),
     "DkNN, no network": DkNNClassifier(random_state=0),
     "ThreatScorer": ThreatScorer(NET, layers="1", random_state=0),
+    "ThreatScorer, layers of each method": ThreatScorer(
+        NET,
+        layers={"mahalanobis": "1", "lid": ["0", "1"]},
+        method=["mahalanobis", "lid"],
+        random_state=0,
+    ),
     "TorchFeatureExtractor": TorchFeatureExtractor(NET, layers="1"),
 }
 ASK = ("predict_proba", "decision_function", "transform", "score_samples", "kneighbors", "p_values")

@@ -10,7 +10,7 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import normalize
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from sklearn_rails import RAILSClassifier, ThreatScorer, TorchFeatureExtractor
 from sklearn_rails.demo import train_network
 from sklearn_rails.features.mapping import FeatureMap
-from sklearn_rails.sensing import DETECTORS, Detector
+from sklearn_rails.sensing import DETECTORS, Detector, score_new
 
 ANYWHERE = ["credibility", "distance", "kernel_density", "mahalanobis", "lid"]
 METHODS = [*ANYWHERE, ["credibility", "distance"], ANYWHERE]
@@ -93,6 +93,38 @@ def test_the_distance_is_that_of_the_kth_neighbour_among_the_others(split):
     radius = index.kneighbors(normalize(new))[0][:, -1]
     p_values = (1 + (clean >= radius[:, None]).sum(axis=1)) / (1 + len(clean))
     assert_array_equal(scorer.predict(new) == -1, p_values <= 0.05)
+
+
+def test_each_method_has_the_layers_that_a_dict_gives_it(conv_net, split):
+    X, y, new = split
+    of_method = {"credibility": ["conv1", "fc"], "mahalanobis": "fc", "kernel_density": ["conv2"]}
+    of_method |= {"distance": "conv1", "disagreement": ["fc", "conv1"], "lid": "output"}
+    methods = [*of_method, "feature_squeezing", "confidence", LocalOutlierFactor(novelty=True)]
+    of_method |= {"localoutlierfactor": "conv2"}
+    given = {"input_shape": (1, 8, 8), "random_state": 0}
+    scorer = ThreatScorer(conv_net, layers=of_method, method=methods, **given).fit(X, y)
+    assert set(scorer.layers_) == {"conv1", "conv2", "fc", "output"}
+    for method, name in zip(methods, scorer.methods_, strict=True):
+        layers = of_method.get(name, "conv1")
+        alone = ThreatScorer(conv_net, layers=layers, method=method, **given).fit(X, y)
+        scores = [
+            score_new({name: s.detectors_[name]}, new, s.feature_map_, 10, alone._evidence.n_scores)
+            for s in (scorer, alone)
+        ]
+        assert_array_equal(*scores)
+
+
+def test_layers_of_each_method_are_searched_like_others(conv_net, split):
+    X, y, new = split
+    scorer = ThreatScorer(
+        conv_net, method=["distance", "confidence"], input_shape=(1, 8, 8), random_state=0
+    )
+    by_method = clone(scorer).set_params(layers={"distance": "conv1"}).fit(X, y)
+    for_all = clone(scorer).set_params(layers="conv1").fit(X, y)
+    assert_array_equal(by_method.transform(new), for_all.transform(new))
+    names = [{"distance": "conv1"}, {"distance": "fc"}]
+    search = GridSearchCV(scorer, {"layers": names}, scoring=lambda s, X: -len(s.layers_[0]), cv=2)
+    assert search.fit(X).best_estimator_.layers_ == ("fc",)
 
 
 def test_scores_transform_and_predict_agree(split):
@@ -503,11 +535,29 @@ def test_output_set_after_fit_takes_effect_at_the_next_fit(split):
         ({"method": ["distance", "feature_squeezing"]}, "'feature_squeezing' depends on a network"),
         ({"method": "lid", "n_neighbors": 1}, "'lid' needs 2 neighbours or more.* n_neighbors=1"),
         ({"layers": "conv1"}, r"does not have: \['conv1'\]"),
+        ({"method": "distance", "layers": {"distance": "conv1"}}, r"does not have: \['conv1'\]"),
+        ({"method": "distance", "layers": {"distance": []}}, r"layers\['distance'\]=\[\] must"),
+        ({"method": "distance", "layers": {"distance": ["input"] * 2}}, "and each only once"),
+        ({"method": "distance", "layers": {"lid": "input"}}, r"\['distance'\].* got .*\['lid'\]"),
+        ({"method": "distance", "layers": {}}, r"those of \['distance'\].* got those of \[\]"),
+        (
+            {
+                "method": ["distance", "confidence"],
+                "layers": {"distance": "input", "confidence": "input"},
+            },
+            r"those of \['distance'\], the methods that score layers",
+        ),
     ],
 )
 def test_invalid_parameters_raise(split, params, message):
     with pytest.raises(ValueError, match=message):
         ThreatScorer(**params).fit(split[0])
+
+
+@pytest.mark.parametrize("layers", [None, 1, ["input", 1]])
+def test_layers_of_a_method_are_named_by_strings(split, layers):
+    with pytest.raises(TypeError, match=r"layers\['distance'\] must be the name of a layer"):
+        ThreatScorer(method="distance", layers={"distance": layers}).fit(split[0])
 
 
 def test_labels_need_an_output_for_each_class(conv_net, split):

@@ -336,7 +336,10 @@ class ThreatSurrogate:
 
         def threat(points: Tensor) -> Tensor:
             query = SoftQuery(points, feature_map, lambda name, layer, f: scores[name][layer](f))
-            detectors = self._scorer.detectors_.values()
-            return torch.stack([d.soft_threat(query) for d in detectors]).sum(dim=0)
+            threats = [
+                detector.soft_threat(query.in_layers(detector.layers))
+                for detector in self._scorer.detectors_.values()
+            ]
+            return torch.stack(threats).sum(dim=0)
 
         return threat

@@ -2,7 +2,7 @@
 
 import difflib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -196,6 +196,11 @@ class TruncatedNetwork:
             return (INPUT if self.module is None else self.output,)
         if isinstance(layers, set | frozenset):
             raise ValueError(f"{parameter}={layers!r} has no order; give a list or a tuple.")
+        if isinstance(layers, Mapping):
+            raise TypeError(
+                f"{parameter} must name layers by a string or a list of strings, got {layers!r}. "
+                "Only the methods of ThreatScorer have layers of their own."
+            )
         known = [*self.layers, INPUT] + ([] if self.module is None else [self.output])
         is_list = isinstance(layers, Iterable) and not isinstance(layers, str | nn.Module)
         with naming(parameter):

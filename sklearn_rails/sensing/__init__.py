@@ -6,7 +6,7 @@ A detector is a subclass of :class:`~sklearn_rails.sensing.base.Detector` and a 
 
 from .base import Detector, NeighborDetector
 from .layer_choice import score_detection
-from .methods import DETECTORS, make_detectors
+from .methods import DETECTORS, make_detectors, read_layers
 from .samples import CleanSamples, Query, SoftQuery, soft_labels
 from .scoring import Evidence, any_needs_outputs, score_clean, score_new
 
@@ -20,6 +20,7 @@ __all__ = [
     "SoftQuery",
     "any_needs_outputs",
     "make_detectors",
+    "read_layers",
     "score_clean",
     "score_detection",
     "score_new",

@@ -55,6 +55,10 @@ class Detector(PicklesToCPU):
 
     Attributes
     ----------
+    layers : tuple of str or None
+        The layers that :meth:`fit` and :meth:`score` are given; None for all.
+    uses_layers : bool
+        Whether the score depends on the features of layers.
     needs_labels : bool
         Whether the score depends on ``query.labels``. A network then needs an output for each
         class; without a network, all samples are of one class.
@@ -72,6 +76,8 @@ class Detector(PicklesToCPU):
         ``"cosine"``; None if it depends on none.
     """
 
+    layers: tuple[str, ...] | None = None
+    uses_layers: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     needs_outputs: ClassVar[bool] = False
     needs_float_input: ClassVar[bool] = False
@@ -167,7 +173,7 @@ class Detector(PicklesToCPU):
         ndarray of shape (n, n_scores), float64
             As :meth:`score`, and infinite where a sample is not usable or its score is NaN.
         """
-        scores = self.score(query)
+        scores = self.score(query.in_layers(self.layers))
         return np.where(query.usable[:, None] & ~np.isnan(scores), scores, np.inf)
 
     def soft_threat(self, query: SoftQuery) -> torch.Tensor:

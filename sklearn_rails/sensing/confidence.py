@@ -18,6 +18,7 @@ class Confidence(Detector):
     this is nearly 1.
     """
 
+    uses_layers: ClassVar[bool] = False
     needs_outputs: ClassVar[bool] = True
 
     def fit(self, clean: CleanSamples) -> Self:

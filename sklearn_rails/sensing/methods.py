@@ -1,6 +1,7 @@
 """The table of the detectors' names, and what ``ThreatScorer(method=...)`` stands for."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,11 @@ DETECTORS: dict[str, type[Detector]] = {
 }
 
 
-def make_detectors(method: Any, rng: np.random.RandomState) -> dict[str, Detector]:
+def make_detectors(
+    method: Any,
+    rng: np.random.RandomState,
+    layers: Mapping[Any, tuple[str, ...]] | None = None,
+) -> dict[str, Detector]:
     """Create the detectors that a ``method`` other than ``"auto"`` stands for.
 
     Parameters
@@ -35,6 +40,8 @@ def make_detectors(method: Any, rng: np.random.RandomState) -> dict[str, Detecto
         Names in the table, and outlier detectors with the interface of scikit-learn or PyOD.
     rng : numpy.random.RandomState
         Draws the seeds of outlier detectors.
+    layers : mapping of str to tuple of str, default=None
+        The layers of each method. None gives all layers to all.
 
     Returns
     -------
@@ -45,7 +52,8 @@ def make_detectors(method: Any, rng: np.random.RandomState) -> dict[str, Detecto
     Raises
     ------
     ValueError
-        If there is no method, one is not in the table, or one is named twice.
+        If there is no method, one is not in the table, or one is named twice; or if ``layers`` has
+        none for a method that scores layers, or some for another.
     TypeError
         If an object is no outlier detector that can score new samples.
     """
@@ -71,7 +79,49 @@ def make_detectors(method: Any, rng: np.random.RandomState) -> dict[str, Detecto
         # As scikit-learn's make_pipeline and make_union number their steps.
         number = names[: i + 1].count(name)
         detectors[f"{name}-{number}" if is_shared else name] = detector
+    if layers is not None:
+        wanted = [name for name, detector in detectors.items() if detector.uses_layers]
+        if set(layers) != set(wanted):
+            raise ValueError(
+                f"layers, a dict, must name those of {wanted}, the methods that score layers, and "
+                f"of no others, got those of {list(layers)}."
+            )
+        for name in wanted:
+            detectors[name].layers = layers[name]
     return detectors
+
+
+def read_layers(layers: Mapping[Any, Any]) -> dict[Any, tuple[str, ...]]:
+    """Check the layers that ``ThreatScorer(layers=...)`` gives to each method.
+
+    Parameters
+    ----------
+    layers : mapping of str to str, or to list or tuple of str
+
+    Returns
+    -------
+    dict of str to tuple of str
+
+    Raises
+    ------
+    TypeError
+        If layers are not named by strings.
+    ValueError
+        If a method has no layer, or the same one twice.
+    """
+    read = {}
+    for method, names in layers.items():
+        names = (names,) if isinstance(names, str) else names
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise TypeError(
+                f"layers[{method!r}] must be the name of a layer or a list of these, got {names!r}."
+            )
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"layers[{method!r}]={names!r} must name at least one layer, and each only once."
+            )
+        read[method] = tuple(names)
+    return read
 
 
 def _hint(name: str) -> str:

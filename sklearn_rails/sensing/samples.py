@@ -1,9 +1,10 @@
 """What detectors are given: clean samples in fit, and samples to be scored."""
 
+import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -214,6 +215,25 @@ class CleanSamples(IndexedSamples):
         for neighbors in missing.values():
             neighbors.build()
 
+    def in_layers(self, layers: Sequence[str] | None) -> Self:
+        """Return the same samples with some of the layers alone.
+
+        Parameters
+        ----------
+        layers : sequence of str or None
+            None for all.
+
+        Returns
+        -------
+        CleanSamples
+        """
+        if layers is None:
+            return self
+        view = copy.copy(self)
+        view.neighbors = {layer: self.neighbors[layer] for layer in layers}
+        vars(view).pop("radii", None)
+        return view
+
     @functools.cached_property
     def radii(self) -> dict[str, float]:
         """Median distance of the k-th neighbour in each layer, of samples without themselves."""
@@ -286,6 +306,24 @@ class Query:
         self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if outputs is not None:
             self.outputs = outputs
+
+    def in_layers(self, layers: Sequence[str] | None) -> Self:
+        """Return the same samples with some of the layers alone.
+
+        Parameters
+        ----------
+        layers : sequence of str or None
+            None for all.
+
+        Returns
+        -------
+        Query
+        """
+        if layers is None:
+            return self
+        view = copy.copy(self)
+        view.features = {layer: self.features[layer] for layer in layers}
+        return view
 
     @functools.cached_property
     def outputs(self) -> torch.Tensor:
@@ -386,6 +424,25 @@ class SoftQuery:
         self.probabilities = None if self.outputs is None else soft_labels(self.outputs)
         self._score_classes = class_scores
         self._class_scores: dict[tuple[str, str], torch.Tensor] = {}
+
+    def in_layers(self, layers: Sequence[str] | None) -> Self:
+        """Return the same samples with some of the layers alone.
+
+        Parameters
+        ----------
+        layers : sequence of str or None
+            None for all.
+
+        Returns
+        -------
+        SoftQuery
+        """
+        if layers is None:
+            return self
+        view = copy.copy(self)
+        view.layers = tuple(layers)
+        view.features = {layer: self.features[layer] for layer in layers}
+        return view
 
     def class_scores(self, affinity: str, layer: str) -> torch.Tensor:
         """Compute how near the clean samples of each class are.

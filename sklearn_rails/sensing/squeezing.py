@@ -26,6 +26,7 @@ class FeatureSqueezing(Detector):
         Number of levels of the input, less one.
     """
 
+    uses_layers: ClassVar[bool] = False
     needs_outputs: ClassVar[bool] = True
     needs_float_input: ClassVar[bool] = True
 

@@ -297,6 +297,21 @@ def test_the_threat_falls_along_its_soft_version(task, method):
     assert scorer.score_samples(points).mean() > before.mean() + 0.2
 
 
+def test_the_soft_threat_of_each_method_is_that_of_its_layers(task):
+    network, X, y, X_test, _ = task
+    train, points = (torch.from_numpy(A).flatten(1) for A in (X, X_test[:20]))
+    of_method = {"mahalanobis": "conv2", "disagreement": "conv1", "distance": ["conv1", "conv2"]}
+
+    def soft_threat(methods, layers):
+        scorer = ThreatScorer(network, layers=layers, method=methods, random_state=0)
+        rails = RAILSClassifier(network, layers="conv2", threat_scorer=scorer, random_state=0)
+        surrogate = ThreatSurrogate(rails.fit(X, y), train, y, n_references=10)
+        return surrogate.soften(points)(points)
+
+    alone = [soft_threat(method, layers) for method, layers in of_method.items()]
+    torch.testing.assert_close(soft_threat(list(of_method), of_method), sum(alone))
+
+
 def test_triage_is_attacked_at_the_neighbours_that_vote(task):
     network, X, y, X_test, y_test = task
     scorer = ThreatScorer(network, layers="conv1", method="distance", random_state=0)

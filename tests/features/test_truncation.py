@@ -195,6 +195,11 @@ def test_half_precision_is_that_of_autocast(conv_net):
     ("layers", "error", "message"),
     [
         ({"conv1"}, ValueError, "has no order; give a list"),
+        (
+            {"distance": "conv1"},
+            TypeError,
+            "Only the methods of ThreatScorer have layers of their own",
+        ),
         ([nn.ReLU()], TypeError, r"such as 'conv1', .*got ReLU\. The network has: \['conv1'"),
         (7, TypeError, "got int: 7"),
         ("CONV1", ValueError, r"does not have: \['CONV1'\]\. Did you mean 'conv1'\? It has"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from sklearn.base import clone
 from torch import nn
 
 from sklearn_rails import ThreatScorer
@@ -124,6 +125,10 @@ def test_soft_threats_are_differentiable_and_add_up_over_layers(net):
     logs = [scorer.detectors_["mahalanobis"].squared_distances(n, query.features[n]) for n in "01"]
     expected = sum(squares.amin(dim=1).log() for squares in logs)
     torch.testing.assert_close(scorer.detectors_["mahalanobis"].soft_threat(query), expected)
+    alone = soft_query(clone(scorer).set_params(layers="1").fit(X), points)
+    for detector in scorer.detectors_.values():
+        threat = detector.soft_threat(query.in_layers(["1"]))
+        assert torch.equal(threat, detector.soft_threat(alone))
 
 
 def test_soft_threats_without_a_network_are_those_of_the_nearest_class():
