@@ -5,6 +5,7 @@ scores, higher for more suspect.
 """
 
 import torch
+from torch import nn
 
 
 def learn_outlier_factor(F, y, n_neighbors):
@@ -41,9 +42,27 @@ def learn_mahalanobis(F, y, n_neighbors):
     return lambda F: detector.predict_features(torch.from_numpy(F).double()).numpy()
 
 
+def learn_subset_scan(F, y, n_neighbors):
+    from art.defences.detector.evasion import SubsetScanningDetector
+    from art.estimators.classification import PyTorchClassifier
+
+    # It scans the activations of a layer: here the features themselves.
+    features = PyTorchClassifier(
+        nn.Sequential(nn.Flatten()),
+        loss=nn.CrossEntropyLoss(),
+        input_shape=F.shape[1:],
+        nb_classes=F.shape[1],
+        device_type="cpu",
+    )
+    detector = SubsetScanningDetector(features, F, layer=0, verbose=False)
+    return lambda F: detector.detect(F)[0]["scores"]
+
+
+WITHOUT_NEIGHBORS = ("pytorch-ood Mahalanobis", "ART SubsetScanning")
 LIBRARIES = {
     "scikit-learn LocalOutlierFactor": learn_outlier_factor,
     "PyOD KNN": learn_neighbors,
     "pytorch-ood KNN": learn_normalized_neighbors,
     "pytorch-ood Mahalanobis": learn_mahalanobis,
+    "ART SubsetScanning": learn_subset_scan,
 }
