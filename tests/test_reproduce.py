@@ -263,6 +263,7 @@ def test_a_script_writes_its_results(script, networks, tmp_path):
             assert 80 <= first <= 100
             assert 50 < second <= first
             assert last == 0
+        assert (results / "certify_digits.png").stat().st_size > 5_000
     elif script == "saturation":
         lines = {(r["factor"], r["attack"], r["classifier"]): r for r in rows}
         assert len(lines) == len(rows) == 2 * (2 + 2)

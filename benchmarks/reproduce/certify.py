@@ -2,14 +2,18 @@
 
 Share of test images that are classified correctly, and certainly so within a Euclidean radius: by
 ``DkNNClassifier.certified_radius`` with one neighbour, and by randomized smoothing (Cohen et al.
-2019) of a network, of nearest neighbours and of RAILS. Noise is drawn by a seed.
+2019) of networks, of nearest neighbours and of RAILS. Noise is drawn by a seed. A plot shows the
+shares at all radii.
 """
 
 from functools import partial
 
+import matplotlib as mpl
 import numpy as np
 from common import describe, main, predict_network, share
+from matplotlib import pyplot as plt
 from scipy.stats import binomtest, norm
+from train import load_network
 
 # Cohen et al.: number of noisy images that the label is chosen by, and that it is tested by, and
 # the probability that a radius does not hold.
@@ -36,8 +40,26 @@ def smoothed_radii(predict, X, y, sigma):
     return np.array(radii)
 
 
+def draw(path, title, curves):
+    """Draw the shares of certified images against the radius."""
+    mpl.use("Agg")
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for name, radii in curves.items():
+        ordered = np.sort(radii[radii >= 0])
+        counts = np.arange(len(ordered), -1, -1)
+        # Each holds up to a radius; the last, none, from the largest on.
+        axes.step(
+            [0, *ordered, 10], 100 * counts[[0, *range(len(counts))]] / len(radii), label=name
+        )
+    axes.set(xlabel="Euclidean radius", ylabel="certified accuracy, %", ylim=(0, 100))
+    axes.set(xlim=(0, 2), title=title)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def rows_of(task, settings):
-    own = settings["data"][task.name]
+    own, curves = settings["data"][task.name], {}
     for entry in own["classifier"]:
         kind, sigma = entry["kind"], entry.get("sigma")
         parameters = entry.get("parameters", {})
@@ -47,7 +69,11 @@ def rows_of(task, settings):
             radii = np.where(fitted.predict(X) == y, fitted.certified_radius(X), -1)
         else:
             predict = partial(predict_network, task.network) if fitted is None else fitted.predict
+            if "network" in entry:
+                predict = partial(predict_network, load_network(entry["network"], task.data_home))
             radii = smoothed_radii(predict, X, y, sigma)
+        curves[entry["name"] + (f", sigma {sigma}" if sigma else "")] = radii
+        draw(task.results / f"certify_{task.name}.png", task.title.split(" (")[0], curves)
         line = {
             "data": task.title,
             "network": task.name,
