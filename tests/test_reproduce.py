@@ -150,15 +150,29 @@ def run(script, *arguments, networks):
     )
 
 
-@pytest.mark.parametrize("script", SETTINGS)
-def test_a_script_writes_its_results(script, networks, tmp_path):
+def results_of(script, networks, tmp_path, folder="results"):
     settings = tmp_path / "settings.toml"
     settings.write_text(SETTINGS[script])
-    results = tmp_path / "results"
+    results = tmp_path / folder
     done = run(script, "digits", "--settings", settings, "--results", results, networks=networks)
     assert done.returncode == 0, done.stderr
     with (results / f"{script}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        return results, list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SETTINGS)
+def test_two_runs_differ_in_times_alone(script, networks, tmp_path):
+    first, second = (results_of(script, networks, tmp_path, folder)[1] for folder in "ab")
+    columns = [name for name in first[0] if not any(w in name for w in ("time", "second"))]
+    assert len(columns) > 5
+    for name in columns:
+        assert [row[name] for row in first] == [row[name] for row in second], name
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_a_script_writes_its_results(script, networks, tmp_path):
+    results, rows = results_of(script, networks, tmp_path)
     assert {row["data"] for row in rows} == {"Digits (1,347 / 450)"}
     assert all("torch" in row["versions"] for row in rows)
     if script == "table1":

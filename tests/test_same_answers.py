@@ -82,6 +82,9 @@ def draw_layers(rnd, network, start=-1):
 def draw_scorer(rnd, network, **settings):
     usable = [m for m in DETECTORS if network is not None or m not in NEEDS_NETWORK]
     method = rnd.choice([*usable, "auto", rnd.sample(usable, 2), usable])
+    if isinstance(method, list) and rnd.random() < 0.5:
+        of_method = {m: draw_layers(rnd, network) for m in method if DETECTORS[m].uses_layers}
+        settings |= {"layers": of_method} if of_method else {}
     return ThreatScorer(
         method=method,
         alpha=rnd.choice([0.1, 0.3]),

@@ -43,7 +43,7 @@ def smoothed_radii(predict, X, y, sigma):
 def draw(path, title, curves):
     """Draw the shares of certified images against the radius."""
     mpl.use("Agg")
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
     for name, radii in curves.items():
         ordered = np.sort(radii[radii >= 0])
         counts = np.arange(len(ordered), -1, -1)
@@ -53,7 +53,7 @@ def draw(path, title, curves):
         )
     axes.set(xlabel="Euclidean radius", ylabel="certified accuracy, %", ylim=(0, 100))
     axes.set(xlim=(0, 2), title=title)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
