@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -431,9 +432,7 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         """Check the data and the network, and create the detectors."""
         score = functools.partial(score_detection, method=self.method, n_neighbors=self.n_neighbors)
         of_method = read_layers(self.layers) if isinstance(self.layers, Mapping) else None
-        layers = None
-        if of_method is not None:
-            layers = list(dict.fromkeys(name for names in of_method.values() for name in names))
+        layers = None if of_method is None else list(dict.fromkeys(chain(*of_method.values())))
         prepare = functools.partial(
             prepare_fit, self, X, y, network=self.feature_extractor, score=score, layers=layers
         )

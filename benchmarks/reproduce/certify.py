@@ -68,9 +68,10 @@ def rows_of(task, settings):
         if sigma is None:
             radii = np.where(fitted.predict(X) == y, fitted.certified_radius(X), -1)
         else:
-            predict = partial(predict_network, task.network) if fitted is None else fitted.predict
+            network = task.network
             if "network" in entry:
-                predict = partial(predict_network, load_network(entry["network"], task.data_home))
+                network = load_network(entry["network"], task.data_home)
+            predict = partial(predict_network, network) if fitted is None else fitted.predict
             radii = smoothed_radii(predict, X, y, sigma)
         curves[entry["name"] + (f", sigma {sigma}" if sigma else "")] = radii
         draw(task.results / f"certify_{task.name}.png", task.title.split(" (")[0], curves)

@@ -25,6 +25,7 @@ from train import attack_settings, load_data
 
 from sklearn_rails import ThreatScorer, TorchFeatureExtractor
 from sklearn_rails.metrics import detection_scores
+from sklearn_rails.sensing import DETECTORS
 
 METHODS = [
     "credibility",
@@ -37,7 +38,7 @@ METHODS = [
     "feature_squeezing",
     "confidence",
 ]
-WITHOUT_LAYERS = ("feature_squeezing", "confidence")
+WITHOUT_LAYERS = [name for name, detector in DETECTORS.items() if not detector.uses_layers]
 ALPHAS = (0.01, 0.05, 0.1)
 
 
@@ -86,19 +87,21 @@ class Ours:
 def aurocs(clean, suspects):
     """Return the area under the ROC curve for each kind of suspects, against clean rows."""
     n = len(clean)
+    # By ranks: roc_auc_score takes ten times as long, and there are thousands of combinations.
     ranks = [rankdata(np.concatenate([clean, threats]))[n:] for threats in suspects]
     return np.array([(r.mean() - (len(r) + 1) / 2) / n for r in ranks])
 
 
 def combine(evidence, n_methods):
-    """Yield a method for each layer of a combination, as a tuple, and the sum of their evidence."""
+    """Yield the layers of a combination by method, its methods, and the sum of their evidence."""
     by_method = {}
     for (method, layer), threats in evidence.items():
         by_method.setdefault(method, []).append((method, layer, threats))
     for methods in combinations(by_method.values(), n_methods):
         for parts in product(*methods):
             sums = [sum(kinds) for kinds in zip(*(threats for _, _, threats in parts), strict=True)]
-            yield tuple((method, layer) for method, layer, _ in parts), sums
+            layers = {method: layer for method, layer, _ in parts if layer}
+            yield layers, [method for method, _, _ in parts], sums
 
 
 def choose(task, own):
@@ -132,9 +135,9 @@ def choose(task, own):
                 key = method, "" if method in WITHOUT_LAYERS else layer
                 evidence.setdefault(key, [c[:, i] for c in columns])
         for n_methods in range(1, own["max_combined"] + 1):
-            for parts, (first, *others) in combine(evidence, n_methods):
-                name = parts[0][0] if n_methods == 1 else "our combination"
-                note(name, aurocs(first, others), Ours, *parts_of(parts), k)
+            for layers, chosen, (first, *others) in combine(evidence, n_methods):
+                name = chosen[0] if n_methods == 1 else "our combination"
+                note(name, aurocs(first, others), Ours, layers, chosen, k)
         print(f"{k} neighbours: searched", flush=True)
     best = {name: max(found, key=lambda item: item[0].mean()) for name, found in tried.items()}
     # Of the best library for each kind of attack.
@@ -143,11 +146,6 @@ def choose(task, own):
         tried["our combination"], key=lambda item: (item[0] - rivals).min()
     )
     return best
-
-
-def parts_of(parts):
-    """Return the layers of each method as a dict, and the methods."""
-    return {method: layer for method, layer in parts if layer}, [method for method, _ in parts]
 
 
 def like(images, shape):

@@ -267,7 +267,7 @@ class NeighborDetector(Detector):
             return super().soft_threat(query)
         scores = [
             self.soft_score(query.class_scores(self.affinity, layer), query.probabilities)
-            for layer in query.layers
+            for layer in query.features
         ]
         return torch.stack(scores).sum(dim=0)
 

@@ -4,7 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,34 @@ from ..neighbors.votes import nearest
 TYPICAL_SAMPLES = 256
 
 
-class IndexedSamples:
+class ByLayer:
+    """Samples of which something is known in each layer."""
+
+    # The attribute that holds it, by the names of the layers.
+    by_layer: ClassVar[str] = "features"
+
+    def in_layers(self, layers: Sequence[str] | None) -> Self:
+        """Return the same samples with some of the layers alone.
+
+        Parameters
+        ----------
+        layers : sequence of str or None
+            None for all.
+
+        Returns
+        -------
+        ByLayer
+            Of the same type.
+        """
+        if layers is None:
+            return self
+        view = copy.copy(self)
+        known = getattr(self, self.by_layer)
+        setattr(view, self.by_layer, {layer: known[layer] for layer in layers})
+        return view
+
+
+class IndexedSamples(ByLayer):
     """The features of samples, as they are stored once in the indexes of their neighbours.
 
     Parameters
@@ -33,6 +60,8 @@ class IndexedSamples:
         Their classes, as integers from 0.
     n_classes : int
     """
+
+    by_layer: ClassVar[str] = "neighbors"
 
     def __init__(
         self, neighbors: dict[str, ClassNeighbors], labels: NDArray[np.int64], n_classes: int
@@ -104,8 +133,8 @@ class IndexedSamples:
         return sample_rows(len(self.labels), size, rng=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The centers are computed again where they are needed.
-        return {name: value for name, value in vars(self).items() if name != "centers"}
+        # Computed again where they are needed: a copy may have fewer layers.
+        return {k: value for k, value in vars(self).items() if k not in ("centers", "radii")}
 
 
 @dataclass(frozen=True)
@@ -215,25 +244,6 @@ class CleanSamples(IndexedSamples):
         for neighbors in missing.values():
             neighbors.build()
 
-    def in_layers(self, layers: Sequence[str] | None) -> Self:
-        """Return the same samples with some of the layers alone.
-
-        Parameters
-        ----------
-        layers : sequence of str or None
-            None for all.
-
-        Returns
-        -------
-        CleanSamples
-        """
-        if layers is None:
-            return self
-        view = copy.copy(self)
-        view.neighbors = {layer: self.neighbors[layer] for layer in layers}
-        vars(view).pop("radii", None)
-        return view
-
     @functools.cached_property
     def radii(self) -> dict[str, float]:
         """Median distance of the k-th neighbour in each layer, of samples without themselves."""
@@ -247,7 +257,7 @@ class CleanSamples(IndexedSamples):
         return radii
 
 
-class Query:
+class Query(ByLayer):
     """Samples that are to be scored; what several detectors need of them is computed once.
 
     Parameters
@@ -306,24 +316,6 @@ class Query:
         self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if outputs is not None:
             self.outputs = outputs
-
-    def in_layers(self, layers: Sequence[str] | None) -> Self:
-        """Return the same samples with some of the layers alone.
-
-        Parameters
-        ----------
-        layers : sequence of str or None
-            None for all.
-
-        Returns
-        -------
-        Query
-        """
-        if layers is None:
-            return self
-        view = copy.copy(self)
-        view.features = {layer: self.features[layer] for layer in layers}
-        return view
 
     @functools.cached_property
     def outputs(self) -> torch.Tensor:
@@ -392,7 +384,7 @@ class Query:
         return self._nearest[layer]
 
 
-class SoftQuery:
+class SoftQuery(ByLayer):
     """Samples whose threat is differentiated by an attack.
 
     Parameters
@@ -414,35 +406,15 @@ class SoftQuery:
     ) -> None:
         self.X = X
         self.feature_map = feature_map
-        self.layers = tuple(feature_map.layers)
-        wanted = self.layers
+        wanted = feature_map.layers
         if feature_map.has_network:
             wanted = (*wanted, feature_map.output)
         found = feature_map.with_gradient(X, wanted)
-        self.features = {layer: found[layer] for layer in self.layers}
+        self.features = {layer: found[layer] for layer in feature_map.layers}
         self.outputs = found[feature_map.output] if feature_map.has_network else None
         self.probabilities = None if self.outputs is None else soft_labels(self.outputs)
         self._score_classes = class_scores
         self._class_scores: dict[tuple[str, str], torch.Tensor] = {}
-
-    def in_layers(self, layers: Sequence[str] | None) -> Self:
-        """Return the same samples with some of the layers alone.
-
-        Parameters
-        ----------
-        layers : sequence of str or None
-            None for all.
-
-        Returns
-        -------
-        SoftQuery
-        """
-        if layers is None:
-            return self
-        view = copy.copy(self)
-        view.layers = tuple(layers)
-        view.features = {layer: self.features[layer] for layer in layers}
-        return view
 
     def class_scores(self, affinity: str, layer: str) -> torch.Tensor:
         """Compute how near the clean samples of each class are.
