@@ -77,9 +77,9 @@ class ThreatScorer(TransformerMixin, OutlierMixin, NetworkEstimator):
         Layers in which samples are compared, as in ``module.named_modules()``. Within a
         :class:`RAILSClassifier`, the classifier's layers are taken.
         %(layers_auto)s
-        A dict gives each method layers of its own, such as
-        ``{"mahalanobis": "output", "disagreement": ["conv1", "conv2"]}``, but for methods that
-        score none.
+        A dict sets the layers of each method, such as
+        ``{"mahalanobis": "output", "disagreement": ["conv1", "conv2"]}``. Leave out
+        ``"feature_squeezing"`` and ``"confidence"``, which use no layers.
     method : str, outlier detector, or list of these, default="auto"
         What is scored, in each layer unless noted otherwise; the evidence of several methods is
         summed. ``"auto"`` takes ``["disagreement", "mahalanobis", "feature_squeezing"]`` with a
